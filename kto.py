@@ -138,7 +138,9 @@ ROW = 'write {"prompt": text, "completion": text, "label": true or false}, one r
 def as_messages(value, role: str) -> list[dict]:
     """A text or chat messages -> chat messages, none of them blank. Raises InputError."""
     messages = [{"role": role, "content": value}] if isinstance(value, str) else value
-    for message in messages if isinstance(messages, list) and messages else [value]:
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{value!r:.60} is no text and no list of messages with role and content")
+    for message in messages:
         match message:
             case {"role": str(), "content": str(content)} if content.strip():
                 content.encode()  # half a surrogate pair raises here, not in the tokenizer
@@ -210,7 +212,10 @@ def encode(row: dict, tokenizer, config: Config) -> dict:
     """
     x, y = row["prompt"], row["completion"]
     plain = isinstance(x, str) and isinstance(y, str)
-    if not plain or (config.chat_template and tokenizer.chat_template):
+    if plain and not (config.chat_template and tokenizer.chat_template):
+        x, y = tokenizer(x).input_ids, tokenizer(y, add_special_tokens=False).input_ids
+        ended = y[-1:] == [tokenizer.eos_token_id]
+    else:
         x, y = as_messages(x, "user"), as_messages(y, "assistant")
         try:
             start = tokenizer.apply_chat_template(x, tokenize=False, add_generation_prompt=True)
@@ -221,10 +226,8 @@ def encode(row: dict, tokenizer, config: Config) -> dict:
             raise InputError(f"{row['where']}: the chat template changes an answered prompt")
         turn = whole[len(start) :].rstrip()  # the model stops at its end token, before a newline
         x, y = tokenizer([start, turn], add_special_tokens=False).input_ids
-    else:
-        x, y = tokenizer(x).input_ids, tokenizer(y, add_special_tokens=False).input_ids
-    if tokenizer.decode(y[-1:], skip_special_tokens=True):  # the template has put no end token
-        y.append(tokenizer.eos_token_id)
+        ended = not tokenizer.decode(y[-1:], skip_special_tokens=True)  # by the template's token
+    y = y if ended else [*y, tokenizer.eos_token_id]
     return {
         "prompt": array("i", x[-config.max_prompt_length :]),  # an int of 4 bytes, not of 36
         "completion": array("i", y[: config.max_completion_length]),
@@ -269,6 +272,8 @@ def load_model(config: Config):
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"--model {config.model}: {reason} (offline? give a folder)") from None
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"--model {config.model}: its tokenizer has no EOS token; give it one")
     return tokenizer, model.to(DEVICE)
 
 # ---- The training step ---------------------------------------------------------------------------
@@ -366,13 +371,15 @@ def check_data(config: Config) -> tuple[int, str]:
 
 def resume_state(config: Config, sha256: str) -> dict:
     """Where to start from. Raises InputError before another run's result is lost or mixed up."""
-    free = ("data", "output", "micro_batch_size", "save_every", "resume")
-    settings = {key: value for key, value in vars(config).items() if key not in free}
+    may_change = ("data", "output", "micro_batch_size", "save_every", "resume")
+    settings = {key: value for key, value in vars(config).items() if key not in may_change}
     settings["sha256 of the data"] = sha256
     checkpoint, model = Path(config.output, "checkpoint.pt"), Path(config.output, "config.json")
     if not config.resume:
-        if (checkpoint.exists() or model.exists()) and config.output != "kto-tiny":
+        toy = (config.model, config.output) == ("tiny", "kto-tiny")
+        if not toy and (checkpoint.exists() or model.exists()):
             raise InputError(f"{config.output} holds a model; name another --output, or --resume")
+        checkpoint.unlink(missing_ok=True)  # that of an earlier toy
         return {"step": 0, "log_bytes": 0, "settings": settings}
     if not checkpoint.exists():
         raise InputError(f"--resume: there is no {checkpoint}; start without --resume")
@@ -390,7 +397,7 @@ def train(policy, reference, tokenizer, config: Config, total: int, state: dict)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
     for name in parts.keys() & state.keys():
-        parts[name].load_state_dict(state[name])
+        parts[name].load_state_dict(state.pop(name))
     log = open(Path(config.output, "metrics.jsonl"), "a", buffering=1)
     log.truncate(state["log_bytes"])  # what was logged after the checkpoint is logged again
     held_out = [encode(row, tokenizer, config) for row in read_rows(config, held_out=True)]
@@ -458,7 +465,8 @@ def main() -> None:
     train(policy, reference, tokenizer, config, total, state)
     policy.save_pretrained(config.output)
     tokenizer.save_pretrained(config.output)
-    Path(config.output, "checkpoint.pt").unlink(missing_ok=True)
+    for checkpoint in Path(config.output).glob("checkpoint.*"):
+        checkpoint.unlink()
     log = [json.loads(line) for line in open(Path(config.output, "metrics.jsonl"))]
     chart([entry for entry in log if "lr" in entry])
     evals = [entry for entry in log if "eval_loss" in entry]
