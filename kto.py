@@ -139,13 +139,13 @@ def as_messages(value, role: str) -> list[dict]:
     """A text or chat messages -> chat messages, none of them blank. Raises InputError."""
     messages = [{"role": role, "content": value}] if isinstance(value, str) else value
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"{value!r:.60} is no text and no list of messages with role and content")
+        raise InputError(f"{value!r:.60} is no text; write one, or messages with role and content")
     for message in messages:
         match message:
             case {"role": str(), "content": str(content)} if content.strip():
                 content.encode()  # half a surrogate pair raises here, not in the tokenizer
             case _:
-                raise InputError(f"{message!r:.60} is blank, or no message with role and content")
+                raise InputError(f"{message!r:.60} needs role and content, not blank; or drop the row")
     return messages
 
 def parse_row(line: bytes) -> dict:
@@ -184,7 +184,9 @@ def read_rows(config: Config, held_out: bool | None = None):
         for count, (number, line) in enumerate(lines, 1):
             try:
                 row = {**parse_row(line), "where": f"{config.data}:{number}"}
-            except ValueError as error:  # an InputError, or a UnicodeError: not UTF-8
+            except UnicodeError as error:
+                raise InputError(f"{config.data}:{number}: {error}; save it as UTF-8") from None
+            except InputError as error:
                 raise InputError(f"{config.data}:{number}: {error}") from None
             row["held_out"] = config.holdout > 0 and count % config.holdout == 0
             if held_out in (None, row["held_out"]):
@@ -344,30 +346,39 @@ def read_config() -> Config:
     least = {"batch_size": 2, "micro_batch_size": 1, "epochs": 1}
     least |= {"max_prompt_length": 1, "max_completion_length": 1}
     for name, value in vars(config).items():
-        if not isinstance(value, str) and not value >= least.get(name, 0):  # nan is not >= 0
-            parser.error(f"--{name} {value}: must be at least {least.get(name, 0)}")
+        if not isinstance(value, str) and not least.get(name, 0) <= value < math.inf:  # nor nan
+            parser.error(f"--{name} {value}: must be at least {least.get(name, 0)}, and finite")
     return config
 
-def check_data(config: Config) -> tuple[int, str]:
-    """Read every row once, in constant memory, before anything slow: (rows to train on, sha256)."""
-    count, sha256, start = collections.Counter(), hashlib.sha256(), time.perf_counter()
+def check_data(config: Config) -> tuple[int, str, list[dict]]:
+    """Read every row once, in constant memory, before anything slow.
+
+    Returns the number of rows to train on, a fingerprint, and a row of each sequence of roles.
+    """
+    count, sha256, kinds = collections.Counter(), hashlib.sha256(), {}
+    start = time.perf_counter()
     for row in read_rows(config):
+        x, y = row["prompt"], row["completion"]
         count["held_out" if row["held_out"] else "n_D" if row["label"] else "n_U"] += 1
-        sha256.update(repr((row["prompt"], row["completion"], row["label"])).encode())
+        sha256.update(repr((x, y, row["label"])).encode())
+        kinds.setdefault((type(y), *(turn["role"] for turn in as_messages(x, "text"))), row)
     n_d, n_u, rate = count["n_D"], count["n_U"], count.total() / (time.perf_counter() - start)
     if n_d + n_u < 2:
         raise InputError(f"{config.data}: {n_d + n_u} rows to train on; a step needs two")
     print(f"data     {config.data}, {rate:,.0f} rows checked per second\n"
           f"         n_D = {n_d} desirable, n_U = {n_u} undesirable, {count['held_out']} held out")
+    if (n_d + n_u) % config.batch_size == 1:
+        print("         the last row of each epoch is dropped: alone, it has no y' to meet")
     d, u = config.lambda_d * n_d, config.lambda_u * n_u
     if not (d and u):
         print("WARNING  only one class counts: every r is driven one way, whatever makes y good")
-    elif not 1 <= d / u <= 1.5:
+    else:
+        print(f"balance  lambda_D n_D / (lambda_U n_U) = {d / u:.3g}; Eq. 9 wants 1 to 1.5", end="")
         name, least = ("lambda_d", u / d) if d < u else ("lambda_u", d / u / 1.5)
         least *= getattr(config, name)
-        print(f"WARNING  lambda_D n_D / (lambda_U n_U) = {d / u:.3g}, outside [1, 1.5] (Eq. 9): "
-              f"set --{name} to {least:.3g} ... {1.5 * least:.3g}")
-    return n_d + n_u, sha256.hexdigest()
+        advice = f": set --{name} to {least:.4g} ... {1.5 * least:.4g}"
+        print("" if 1 <= round(d / u, 2) <= 1.5 else advice)
+    return n_d + n_u, sha256.hexdigest(), list(kinds.values())
 
 def resume_state(config: Config, sha256: str) -> dict:
     """Where to start from. Raises InputError before another run's result is lost or mixed up."""
@@ -418,7 +429,7 @@ def train(policy, reference, tokenizer, config: Config, total: int, state: dict)
             print(f"stopped after {step} of {steps} steps; to go on, add --resume true")
             sys.exit(128 + stop[0])
         if step == steps:
-            return
+            break
         start, lr = time.perf_counter(), schedule.get_last_lr()[0]
         batch = [encode(row, tokenizer, config) for row in next(stream)]
         logged = kto_step(policy, reference, batch, config)
@@ -433,6 +444,8 @@ def train(policy, reference, tokenizer, config: Config, total: int, state: dict)
         state |= {"step": step + 1, "log_bytes": log.tell()}
         bar.set_postfix({name: logged[name] for name in ("loss", "z0", "margin")})
         bar.update()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 def chart(steps: list[dict], width: int = 70) -> None:
     """Time goes down, r to the right: D and U, the mean r of the classes, and z, which is z0."""
@@ -451,12 +464,12 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a model may say what a terminal cannot show
     transformers.utils.logging.disable_progress_bar()
     config = read_config()
-    total, sha256 = check_data(config)
+    total, sha256, kinds = check_data(config)
     state = resume_state(config, sha256)
     tokenizer, reference = (tiny_model if config.model == "tiny" else load_model)(config)
     reference.eval().requires_grad_(False)  # eval: no dropout, nor in the copy
     policy = copy.deepcopy(reference).requires_grad_(True)
-    example = encode(next(read_rows(config)), tokenizer, config)
+    example, *_ = [encode(row, tokenizer, config) for row in kinds]  # no template refuses one later
     x, y = tokenizer.decode(example["prompt"]), tokenizer.decode(example["completion"])
     size = f"{policy.num_parameters() / 1e6:.1f}M parameters"
     print(f"model    {config.model}, {size}, {config.dtype} on {DEVICE}")
@@ -469,6 +482,8 @@ def main() -> None:
         checkpoint.unlink()
     log = [json.loads(line) for line in open(Path(config.output, "metrics.jsonl"))]
     chart([entry for entry in log if "lr" in entry])
+    cut = [sum(entry.get(f"cut_{what}", 0) for entry in log) for what in ("prompts", "completions")]
+    print("cut      {} prompts and {} completions, for being too long\n".format(*cut))
     evals = [entry for entry in log if "eval_loss" in entry]
     for name in evals[0] if evals else ():
         print(f"{name:24} {evals[0][name]!s:8.8} -> {evals[-1][name]!s:8.8}")
