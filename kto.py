@@ -145,7 +145,7 @@ def as_messages(value, role: str) -> list[dict]:
             case {"role": str(), "content": str(content)} if content.strip():
                 content.encode()  # half a surrogate pair raises here, not in the tokenizer
             case _:
-                raise InputError(f"{message!r:.60} needs role and content, not blank; or drop the row")
+                raise InputError(f"{message!r:.60} needs role and content; fill in or drop it")
     return messages
 
 def parse_row(line: bytes) -> dict:

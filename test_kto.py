@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: MIT-0
 """Why kto.py is right: each test is a claim, in the order of the file. Offline, on a CPU."""
 
-from pathlib import Path
-from torch.optim.optimizer import register_optimizer_step_post_hook
 import copy
 import dataclasses
-import datasets
 import io
 import json
-import kto
 import math
 import os
-import pytest
 import random
 import re
 import shutil
@@ -19,9 +14,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import datasets
+import pytest
 import tokenizers
 import torch
 import transformers
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import kto
 
 torch.set_num_threads(1)  # which is faster for models as small as these
 kto.DEVICE = torch.device("cpu")
@@ -479,7 +481,8 @@ BAD_ROWS = [
                        ('["a"]', "'a'"), ('[{"content": "a"}]', "{'content': 'a'}"),
                        ('[{"role": "user", "content": "a"}, {"role": "user"}]', "{'role': 'user'}"),
                        ('{"role": "user", "content": "a"}', "{'role': 'user', 'content': 'a'}")]),
-    (b'{"prompt": "\xff", "completion": "b", "label": true}', "can't decode byte 0xff", "save it as UTF-8"),
+    (b'{"prompt": "\xff", "completion": "b", "label": true}', "can't decode byte 0xff",
+     "save it as UTF-8"),
     ('{"prompt": "\\ud83d", "completion": "b", "label": true}', "'\\ud83d'", "surrogates"),
 ]
 
@@ -1052,6 +1055,7 @@ def test_the_chart_puts_each_number_in_its_place(capsys):
 # right = desirable, and the policy is told nothing else. Success is counted: the share of right
 # answers among 1,024 that are sampled at temperature 1. The comments give it for seeds 0 to 5.
 
+torch.set_num_threads(1)  # at this size a second thread only costs, ten times over if it must wait
 SEED, END, QUESTIONS = 0, 16, range(17, 81)
 RIGHT = dict(zip(QUESTIONS, random.Random(5).choices(range(16), k=64)))
 
@@ -1112,8 +1116,8 @@ def half_right():
 def test_labels_alone_teach_what_is_right(half_right):
     good, bad = labelled(half_right)
     policy, _ = trained(half_right, good + bad, epochs=2, beta=1.0)
-    assert 0.4 < success(half_right) < 0.6  # FIG1
-    assert success(policy) >= 0.9  # FIG2
+    assert 0.4 < success(half_right) < 0.6  # 0.48 0.52 0.46 0.48 0.50 0.46
+    assert success(policy) >= 0.9  # 1.00 1.00 0.97 1.00 1.00 1.00
 
 
 def test_a_fifth_of_the_labels_may_be_wrong(half_right):
@@ -1121,7 +1125,7 @@ def test_a_fifth_of_the_labels_may_be_wrong(half_right):
     dice = random.Random(SEED)
     rows = [row | {"label": row["label"] ^ (dice.random() < 0.2)} for row in good + bad]
     policy, _ = trained(half_right, rows, epochs=2, beta=1.0)
-    assert success(policy) > 0.8  # FIG3
+    assert success(policy) > 0.8  # 0.90 0.96 0.93 0.92 0.99 0.94
 
 
 def test_one_desirable_row_for_nine_is_enough_with_the_weights_of_eq_9_and_only_so(half_right):
@@ -1129,8 +1133,8 @@ def test_one_desirable_row_for_nine_is_enough_with_the_weights_of_eq_9_and_only_
     rows = good[: len(bad) // 9] + bad  # about 115 + 1,030: some questions have no desirable row
     weighted, _ = trained(half_right, rows, epochs=4, beta=0.5, lambda_d=9.0)  # 9 n_D = n_U
     plain, _ = trained(half_right, rows, epochs=4, beta=0.5)
-    assert success(weighted) > 0.8  # FIG4
-    assert success(plain) < 0.65  # FIG5
+    assert success(weighted) > 0.8  # 0.95 1.00 0.93 0.97 0.92 0.98
+    assert success(plain) < 0.65  # 0.00 0.00 0.53 0.00 0.00 0.00
 
 
 def test_z0_keeps_the_loss_from_saturating_where_all_completions_grow_likelier(
@@ -1138,8 +1142,8 @@ def test_z0_keeps_the_loss_from_saturating_where_all_completions_grow_likelier(
     # Another hand added four tokens to every answer, which the reference never writes there, and
     # three rows of four are desirable: so the phrase is learned first, and all r grow, good or bad.
     # z0 grows with them, and what is left to gain is r - z0: that good rows get more than bad ones.
-    # Held at 0, beta * r soon is 10: good rows are as good as can be, bad ones past all hope, both
-    # without gradient, and the policy stays where it is.
+    # Held at 0, beta * r soon is 10: no good row can get better and no bad row is worth a try, both
+    # are left without gradient (Eq. 10), and right and wrong answers stay as likely as they were.
     good, bad = labelled(half_right, phrase=[20, 30, 40, 50])
     rows = good + bad[: len(good) // 3]
     policy, log = trained(half_right, rows, epochs=3, beta=0.5)
@@ -1147,10 +1151,10 @@ def test_z0_keeps_the_loss_from_saturating_where_all_completions_grow_likelier(
     held, held_log = trained(half_right, rows, epochs=3, beta=0.5)
     margin, held_margin = (sum(step["margin"] for step in steps[-20:]) / 20
                            for steps in (log, held_log))
-    assert max(step["z0"] for step in log) > 25  # FIG6
-    assert success(policy, length=1) > 0.75  # FIG7
-    assert success(held, length=1) < 0.7  # FIG8
-    assert margin > 4 and held_margin < 2  # FIG9
+    assert max(step["z0"] for step in log) > 25  # 47 52 43 45 46 53 nats
+    assert success(policy, length=1) > 0.75  # 0.94 0.87 0.96 0.97 0.99 0.97
+    assert success(held, length=1) < 0.7  # 0.59 0.61 0.58 0.53 0.55 0.47
+    assert margin > 4 and held_margin < 2  # margins 7.8 to 9.9 and 0.3 to 1.4 nats
 
 # ---- The first command, a real model, and what the README says -----------------------------------
 
