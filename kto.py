@@ -371,7 +371,8 @@ def check_data(config: Config) -> tuple[int, str, list[dict]]:
         print("         the last row of each epoch is dropped: alone, it has no y' to meet")
     d, u = config.lambda_d * n_d, config.lambda_u * n_u
     if not (d and u):
-        print("WARNING  only one class counts: every r is driven one way, whatever makes y good")
+        print("WARNING  only one class counts: desirable rows alone are imitated, undesirable rows "
+              "alone unlearn every answer")
     else:
         print(f"balance  lambda_D n_D / (lambda_U n_U) = {d / u:.3g}; Eq. 9 wants 1 to 1.5", end="")
         name, least = ("lambda_d", u / d) if d < u else ("lambda_u", d / u / 1.5)

