@@ -22,7 +22,7 @@ a completion y and a label: y is desirable or undesirable. One step of training:
   v(x, y), beta         v, beta             value of a row, and how soon it saturates
   lambda_D, lambda_U    lambda_d, lambda_u  weight of desirable and of undesirable rows
 
-Shapes: B rows, T tokens in the longest, N scored tokens in all, D hidden size, V vocabulary.
+Shapes: m rows a step, B a call, T tokens in the longest, N scored, D hidden size, V vocabulary.
 
   python kto.py                                                    offline, two CPU cores, a minute
   python kto.py --model NAME_OR_FOLDER --data FILE.jsonl --output FOLDER          your own feedback
@@ -63,7 +63,7 @@ class Config:
     epochs: int = HfArg(default=3, help="passes over the data")
     max_steps: int = HfArg(default=0, help="stop after this many steps; 0: after the last epoch")
     batch_size: int = HfArg(default=32, help="m, the rows of one step (useful: 8 to 128)")
-    micro_batch_size: int = HfArg(default=8, help="rows in memory at once; changes no result")
+    micro_batch_size: int = HfArg(default=8, help="rows in memory at once; for memory alone")
     lr: float | None = HfArg(default=None, help="peak learning rate: 5e-6, for 'tiny' 5e-4")
     beta: float = HfArg(default=0.1, help="larger saturates sooner: nearer the reference (Eq. 8)")
     lambda_d: float = HfArg(default=1.0, help="lambda_D, weight of desirable rows (Eq. 9)")
@@ -112,9 +112,9 @@ def reference_point(policy_logps: torch.Tensor, reference_logps: torch.Tensor) -
     Both arguments are (m,), the log-probs of the m *mismatched* pairs (x, y') of a step; m >= 2.
 
     A row's reward r counts only in comparison with z0: had the policy made every completion more
-    likely alike, r and z0 would rise together and no value would be gained. Mismatched: the y that
-    came with x was judged because of how good or bad it is, and y' was not. Clamped: a KL is never
-    negative, its estimate from m pairs can be. Without gradient: z0 only marks where the loss
+    likely alike, r and z0 would rise together and no value would be gained. Mismatched: y is in the
+    data because it is good or bad for x, which would bias the estimate; y' is not. Clamped: a KL is
+    never negative, its estimate from m pairs can be. Without gradient: z0 only marks where the loss
     saturates, and the policy must not lower its loss by moving the mark. Over all m rows at once: a
     micro-batch is a matter of memory and must not change the result.
     """
@@ -208,7 +208,7 @@ def encode(row: dict, tokenizer, config: Config) -> dict:
 
     The prompt is what inference would feed. The completion is what the model should then write: no
     special tokens of its own but one end token, which is scored. Of a long prompt the end is kept,
-    of a long completion the start, and a cut completion gets no end token: it did not end there.
+    of a long completion the start, and cutting takes the end token too: it did not end there.
     Plain strings become a user and an assistant turn if the tokenizer has a chat template, unless
     --chat_template is false. Raises InputError if the template is missing or cannot take the row.
     """
@@ -228,7 +228,7 @@ def encode(row: dict, tokenizer, config: Config) -> dict:
             raise InputError(f"{row['where']}: the chat template changes an answered prompt")
         turn = whole[len(start) :].rstrip()  # the model stops at its end token, before a newline
         x, y = tokenizer([start, turn], add_special_tokens=False).input_ids
-        ended = not tokenizer.decode(y[-1:], skip_special_tokens=True)  # by the template's token
+        ended = not tokenizer.decode(y[-1:], skip_special_tokens=True)  # special: it reads as ''
     y = y if ended else [*y, tokenizer.eos_token_id]
     return {
         "prompt": array("i", x[-config.max_prompt_length :]),  # an int of 4 bytes, not of 36
@@ -302,7 +302,7 @@ def kto_step(policy, reference, batch: list[dict], config: Config, train: bool =
 
     loss: mean of the rows; accuracy: share of rows where (r > z0) equals the label; kl, z0: mean of
     the mismatched pairs, raw and clamped; reward_*, margin: mean r of each class, their difference,
-    None where a class has no rows (these four in nats); cut_*: texts that were too long.
+    None where a class has no rows; cut_*: texts that were too long. kl to margin are in nats.
     """
     x, y = [row["prompt"] for row in batch], [row["completion"] for row in batch]
     desirable = torch.tensor([row["label"] for row in batch], device=DEVICE)
@@ -310,7 +310,7 @@ def kto_step(policy, reference, batch: list[dict], config: Config, train: bool =
     policy_kl = score(policy, x, y_next, config)  # 3
     reference_kl = score(reference, x, y_next, config)
     reference_logps = score(reference, x, y, config)
-    z0 = reference_point(policy_kl, reference_kl)  # 4, over all m rows before any row's loss
+    z0 = reference_point(policy_kl, reference_kl)  # 4, of all m rows; then 3 once more, in 5
     weights = (config.beta, config.lambda_d, config.lambda_u)
 
     def loss(logps, rows):  # 5, some rows' part of the mean over m: their gradients add up
@@ -382,7 +382,7 @@ def check_data(config: Config) -> tuple[int, str, list[dict]]:
     return n_d + n_u, sha256.hexdigest(), list(kinds.values())
 
 def resume_state(config: Config, sha256: str) -> dict:
-    """Where to start from. Raises InputError before another run's result is lost or mixed up."""
+    """Step, log size, settings; on resume all that `train` saved. InputError if not this run's."""
     may_change = ("data", "output", "micro_batch_size", "save_every", "resume")
     settings = {key: value for key, value in vars(config).items() if key not in may_change}
     settings["sha256 of the data"] = sha256
@@ -434,10 +434,10 @@ def train(policy, reference, tokenizer, config: Config, total: int, state: dict)
         start, lr = time.perf_counter(), schedule.get_last_lr()[0]
         batch = [encode(row, tokenizer, config) for row in next(stream)]
         logged = kto_step(policy, reference, batch, config)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0).item()  # 6
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0).item()  # Table 1
         if not math.isfinite(logged["loss"] + norm):
             sys.exit(f"step {step}: loss {logged['loss']}, gradient norm {norm}; lower --lr")
-        optimizer.step()
+        optimizer.step()  # 6
         optimizer.zero_grad()
         schedule.step()
         logged |= {"grad_norm": norm, "lr": lr, "seconds": time.perf_counter() - start}
