@@ -445,8 +445,6 @@ def train(policy, reference, tokenizer, config: Config, total: int, state: dict)
         state |= {"step": step + 1, "log_bytes": log.tell()}
         bar.set_postfix({name: logged[name] for name in ("loss", "z0", "margin")})
         bar.update()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
 
 def chart(steps: list[dict], width: int = 70) -> None:
     """Time goes down, r to the right: D and U, the mean r of the classes, and z, which is z0."""
@@ -479,6 +477,8 @@ def main() -> None:
     train(policy, reference, tokenizer, config, total, state)
     policy.save_pretrained(config.output)
     tokenizer.save_pretrained(config.output)
+    for number in (signal.SIGINT, signal.SIGTERM):  # held back until the model is saved
+        signal.signal(number, signal.SIG_DFL)
     for checkpoint in Path(config.output).glob("checkpoint.*"):
         checkpoint.unlink()
     log = [json.loads(line) for line in open(Path(config.output, "metrics.jsonl"))]
