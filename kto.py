@@ -21,44 +21,42 @@ a completion y and a label: y is desirable or undesirable. One step of training:
   r_theta(x, y), z_0    r, z0               implicit reward of a row, reference point of a batch
   v(x, y), beta         v, beta             value of a row, and how soon it saturates
   lambda_D, lambda_U    lambda_d, lambda_u  weight of desirable and of undesirable rows
-
-Shapes: m rows a step, B a call, T tokens in the longest, N scored, D hidden size, V vocabulary.
+  m                     m; B; T; N; D; V    rows a step; a call; tokens; scored; hidden; vocabulary
 
   python kto.py                                                    offline, two CPU cores, a minute
   python kto.py --model NAME_OR_FOLDER --data FILE.jsonl --output FOLDER          your own feedback
 """
 
 import argparse
-import collections
 import copy
 import dataclasses
 import hashlib
 import itertools
 import json
 import math
+import reprlib
 import signal
-import sys
 import time
 from array import array
 from pathlib import Path
 
 import datasets
-import jinja2
-import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SAMPLE = Path(__file__).with_name("data_sample.jsonl")
+reprlib.aRepr.maxdict = 20  # a message about a row names all its keys
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message says what was found, where, what to do."""
 
 @dataclasses.dataclass
 class Config:
     """The settings of a run, each a flag of the command line. Defaults are the paper's (§4.2)."""
     model: str = HfArg(default="tiny", help="hub name or folder; 'tiny' is built and taught here")
-    data: str = HfArg(default=str(SAMPLE), help="JSONL, one {prompt, completion, label} a line")
+    data: str = HfArg(default="data_sample.jsonl", help="JSONL: {prompt, completion, label}")
     output: str | None = HfArg(default=None, help="folder for the result; kto-MODEL if not given")
     epochs: int = HfArg(default=3, help="passes over the data")
     max_steps: int = HfArg(default=0, help="stop after this many steps; 0: after the last epoch")
@@ -78,11 +76,19 @@ class Config:
     save_every: int = HfArg(default=0, help="steps between checkpoints; 0: only if interrupted")
     resume: bool = HfArg(default=False, help="go on from the checkpoint in --output")
 
-class InputError(ValueError):
-    """What the user gave cannot be used. The message says what was found, where, what to do."""
+    def __post_init__(self):
+        if self.lr is None:
+            self.lr = 5e-4 if self.model == "tiny" else 5e-6
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if DEVICE.type == "cuda" else "float32"
+        self.output = self.output or f"kto-{Path(self.model).name}"
+        least = {"batch_size": 2, "micro_batch_size": 1, "epochs": 1}
+        least |= {"max_prompt_length": 1, "max_completion_length": 1}
+        for name, value in vars(self).items():
+            if not isinstance(value, str) and not least.get(name, 0) <= value < math.inf:  # nor nan
+                raise InputError(f"--{name} {value}: must be finite and >= {least.get(name, 0)}")
 
 # ---- The maths -----------------------------------------------------------------------------------
-
 def completion_logps(model, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
     """log pi(y|x) of each row: (B,), float32, in nats, summed (not averaged) over y's tokens.
 
@@ -103,8 +109,8 @@ def completion_logps(model, prompts: list[list[int]], completions: list[list[int
     head = model.get_output_embeddings()
     with head.register_forward_pre_hook(lambda _, args: (args[0][predicts][None],)):  # (1, N, D)
         logits = model(input_ids=ids, use_cache=False).logits[0].float()  # (N, V)
-    token_logps = -F.cross_entropy(logits, ids[is_target], reduction="none")  # (N,)
-    return torch.stack([row.sum() for row in token_logps.split([len(y) for y in completions])])
+    nll = torch.nn.functional.cross_entropy(logits, ids[is_target], reduction="none")  # (N,)
+    return torch.stack([-row.sum() for row in nll.split([len(y) for y in completions])])
 
 def reference_point(policy_logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.Tensor:
     """z0, an estimate of KL(pi_theta || pi_ref): a scalar (), >= 0, in nats, no gradient (§4.1).
@@ -132,70 +138,50 @@ def kto_loss(policy_logps, reference_logps, z0, desirable, beta=0.1, lambda_d=1.
     return torch.where(desirable, lambda_d - v_desirable, lambda_u - v_undesirable)
 
 # ---- The data ------------------------------------------------------------------------------------
-
-ROW = 'write {"prompt": text, "completion": text, "label": true or false}, one row a line'
-
-def as_messages(value, role: str) -> list[dict]:
-    """A text or chat messages -> chat messages, none of them blank. Raises InputError."""
-    messages = [{"role": role, "content": value}] if isinstance(value, str) else value
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{value!r:.60} is no text; write one, or messages with role and content")
-    for message in messages:
-        match message:
-            case {"role": str(), "content": str(content)} if content.strip():
-                content.encode()  # half a surrogate pair raises here, not in the tokenizer
-            case _:
-                raise InputError(f"{message!r:.60} needs role and content; fill in or drop it")
-    return messages
-
 def parse_row(line: bytes) -> dict:
-    """One line of JSONL -> {prompt, completion, label: bool}. Raises InputError, UnicodeError."""
-    text = line.decode("utf-8-sig")
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{text.strip()!r:.40} is not JSON ({error}); {ROW}") from None
-    match row:
-        case {"prompt": x, "completion": str() | [{"role": "assistant"}] as y, "label": 0 | 1}:
-            as_messages(x, "user")
-            as_messages(y, "assistant")
-            return {"prompt": x, "completion": y, "label": bool(row["label"])}  # True == 1
-        case {"prompt": _, "completion": y, "label": 0 | 1}:
-            raise InputError(f"completion {y!r:.60}; write a text or one assistant message")
-        case {"prompt": _, "completion": _, "label": label}:
-            raise InputError(f"label {label!r:.60}; write true (desirable) or false")
+    """One line of JSONL -> {prompt: messages, completion: messages, label: bool, plain: bool}.
+
+    A text becomes one message; plain: both were texts. Raises ValueError or RecursionError.
+    """
+    match json.loads(line.decode("utf-8-sig")):
+        case {"prompt": str() | [_, *_] as x, "completion": str() | [{"role": "assistant"}] as y,
+              "label": 0 | 1 as label}:  # true and false equal 1 and 0
+            plain = isinstance(x, str) and isinstance(y, str)
+            x = [{"role": "user", "content": x}] if isinstance(x, str) else x
+            y = [{"role": "assistant", "content": y}] if isinstance(y, str) else y
         case {"chosen": _} | {"rejected": _}:
-            raise InputError("a preference pair; make it two lines, {prompt, completion: chosen, "
-                             "label: true} and {prompt, completion: rejected, label: false}")
-        case dict():
-            raise InputError(f"an object with the keys {list(row)}; {ROW}")
-        case _:
-            raise InputError(f"{row!r:.60} is not an object; {ROW}")
+            raise ValueError("a pair; write two rows, chosen with label true, rejected with false")
+        case other:
+            raise ValueError(f"found {reprlib.repr(other)}")
+    for message in x + y:
+        match message:
+            case {"role": str(), "content": str(text)} if text.strip():
+                text.encode()  # half a surrogate pair raises here, not in the tokenizer
+            case _:
+                raise ValueError(f"message {reprlib.repr(message)} lacks a role or a text")
+    return {"prompt": x, "completion": y, "label": bool(label), "plain": plain}
 
 def read_rows(config: Config, held_out: bool | None = None):
     """Stream the rows of --data, each with "where", FILE:LINE, and "held_out", true for each k-th.
 
     With `held_out`, only the rows that are so, or are not. Raises InputError at an unusable row.
     """
-    if not Path(config.data).is_file():
-        raise InputError(f"{config.data}: no such file; --data takes a JSONL file")
     with open(config.data, "rb") as file:  # bytes: lines end at \n alone, as in an editor
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         for count, (number, line) in enumerate(lines, 1):
+            where = f"{config.data}:{number}"
             try:
-                row = {**parse_row(line), "where": f"{config.data}:{number}"}
-            except UnicodeError as error:
-                raise InputError(f"{config.data}:{number}: {error}; save it as UTF-8") from None
-            except InputError as error:
-                raise InputError(f"{config.data}:{number}: {error}") from None
-            row["held_out"] = config.holdout > 0 and count % config.holdout == 0
+                row = parse_row(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f'{where}: {error}; a row is one line of JSON, {{"prompt": text, '
+                                 '"completion": text, "label": true or false}') from None
+            row |= {"where": where, "held_out": config.holdout > 0 and count % config.holdout == 0}
             if held_out in (None, row["held_out"]):
                 yield row
 
 def batches(config: Config):
     """Step 1: the batches of all epochs, streamed, each epoch in an order of its own."""
-    source = {"config": config, "held_out": False}
-    stream = datasets.IterableDataset.from_generator(read_rows, gen_kwargs=source)
+    stream = datasets.IterableDataset.from_generator(lambda: read_rows(config, held_out=False))
     stream = stream.shuffle(seed=config.seed, buffer_size=10_000)  # rows; mixes only that far
     for epoch in range(config.epochs):
         stream.set_epoch(epoch)  # which reseeds the shuffle
@@ -213,17 +199,16 @@ def encode(row: dict, tokenizer, config: Config) -> dict:
     --chat_template is false. Raises InputError if the template is missing or cannot take the row.
     """
     x, y = row["prompt"], row["completion"]
-    plain = isinstance(x, str) and isinstance(y, str)
-    if plain and not (config.chat_template and tokenizer.chat_template):
-        x, y = tokenizer(x).input_ids, tokenizer(y, add_special_tokens=False).input_ids
+    if row["plain"] and not (config.chat_template and tokenizer.chat_template):
+        x = tokenizer(x[0]["content"]).input_ids
+        y = tokenizer(y[0]["content"], add_special_tokens=False).input_ids
         ended = y[-1:] == [tokenizer.eos_token_id]
     else:
-        x, y = as_messages(x, "user"), as_messages(y, "assistant")
         try:
             start = tokenizer.apply_chat_template(x, tokenize=False, add_generation_prompt=True)
             whole = tokenizer.apply_chat_template(x + y, tokenize=False)
-        except (ValueError, jinja2.TemplateError) as error:
-            raise InputError(f"{row['where']}: no chat template for this: {error}") from None
+        except Exception as error:  # a template may raise anything
+            raise InputError(f"{row['where']}: no chat template for this: {error}") from error
         if not whole.startswith(start):
             raise InputError(f"{row['where']}: the chat template changes an answered prompt")
         turn = whole[len(start) :].rstrip()  # the model stops at its end token, before a newline
@@ -238,23 +223,19 @@ def encode(row: dict, tokenizer, config: Config) -> dict:
     }
 
 # ---- The models ----------------------------------------------------------------------------------
-
 def tiny_model(config: Config):
     """A toy for the first run: a small Llama, taught to imitate *all* completions, good and bad."""
     rows = list(itertools.islice(read_rows(config, held_out=False), 2000))
-    texts = (str(row[key]) for row in rows for key in ("prompt", "completion"))
-    special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=2048, special_tokens=special, show_progress=False)
-    bpe = tokenizers.Tokenizer.from_str(bpe.to_str())
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
+    texts = (turn["content"] for row in rows for turn in row["prompt"] + row["completion"])
+    tokenizer = transformers.GPT2Tokenizer(eos_token="<|end|>").train_new_from_iterator(
+        texts, 2048, show_progress=False, new_special_tokens=["<|user|>", "<|assistant|>"])
     tokenizer.chat_template = (
         "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}")
     torch.manual_seed(config.seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=2,
-        num_attention_heads=6, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0))
+        num_attention_heads=6, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id))
     optimizer = torch.optim.AdamW(model.to(DEVICE).parameters())
     rows = [encode(row, tokenizer, config) for row in rows]
     for step in tqdm(range(240), desc="teaching the tiny model", disable=None, leave=False):
@@ -272,14 +253,12 @@ def load_model(config: Config):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"--model {config.model}: {reason} (offline? give a folder)") from None
+        raise InputError(f"--model {config.model} (offline? give a folder): {error}") from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {config.model}: its tokenizer has no EOS token; give it one")
     return tokenizer, model.to(DEVICE)
 
 # ---- The training step ---------------------------------------------------------------------------
-
 def score(model, x, y, config: Config, loss=None) -> torch.Tensor:
     """completion_logps of m rows, micro_batch_size at a time: (m,), without gradient.
 
@@ -287,8 +266,8 @@ def score(model, x, y, config: Config, loss=None) -> torch.Tensor:
     like length go together, so that little is padding, and the longest first: if they fit, all do.
     """
     logps = torch.empty(len(x), device=DEVICE)
-    order = iter(sorted(range(len(x)), key=lambda i: -len(x[i]) - len(y[i])))
-    while rows := list(itertools.islice(order, config.micro_batch_size)):
+    order = torch.tensor([len(a) + len(b) for a, b in zip(x, y)]).argsort(descending=True)
+    for rows in order.split(config.micro_batch_size):
         half = torch.autocast(DEVICE.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
         with torch.set_grad_enabled(loss is not None), half:
             part = completion_logps(model, [x[i] for i in rows], [y[i] for i in rows])
@@ -307,15 +286,13 @@ def kto_step(policy, reference, batch: list[dict], config: Config, train: bool =
     x, y = [row["prompt"] for row in batch], [row["completion"] for row in batch]
     desirable = torch.tensor([row["label"] for row in batch], device=DEVICE)
     y_next = y[1:] + y[:1]  # 2
-    policy_kl = score(policy, x, y_next, config)  # 3
-    reference_kl = score(reference, x, y_next, config)
+    policy_kl, reference_kl = (score(pi, x, y_next, config) for pi in (policy, reference))  # 3
     reference_logps = score(reference, x, y, config)
     z0 = reference_point(policy_kl, reference_kl)  # 4, of all m rows; then 3 once more, in 5
     weights = (config.beta, config.lambda_d, config.lambda_u)
 
     def loss(logps, rows):  # 5, some rows' part of the mean over m: their gradients add up
-        losses = kto_loss(logps, reference_logps[rows], z0, desirable[rows], *weights)
-        return losses.sum() / len(batch)
+        return kto_loss(logps, reference_logps[rows], z0, desirable[rows], *weights).sum() / len(x)
 
     policy_logps = score(policy, x, y, config, loss if train else None)
     r = policy_logps - reference_logps
@@ -333,78 +310,54 @@ def kto_step(policy, reference, batch: list[dict], config: Config, train: bool =
     }
 
 # ---- The run -------------------------------------------------------------------------------------
+def check_data(config: Config) -> tuple[int, int, list[dict]]:
+    """Read every row, before anything slow: (steps an epoch, steps, a row of each order of roles).
 
-def read_config() -> Config:
-    """The command line. A flag or a value that cannot be ends the program with status 2."""
-    parser = HfArgumentParser(Config, usage=argparse.SUPPRESS)
-    config = Config(**vars(parser.parse_args()))
-    if config.lr is None:
-        config.lr = 5e-4 if config.model == "tiny" else 5e-6
-    if config.dtype == "auto":
-        config.dtype = "bfloat16" if DEVICE.type == "cuda" else "float32"
-    config.output = config.output or f"kto-{Path(config.model).name}"
-    least = {"batch_size": 2, "micro_batch_size": 1, "epochs": 1}
-    least |= {"max_prompt_length": 1, "max_completion_length": 1}
-    for name, value in vars(config).items():
-        if not isinstance(value, str) and not least.get(name, 0) <= value < math.inf:  # nor nan
-            parser.error(f"--{name} {value}: must be at least {least.get(name, 0)}, and finite")
-    return config
-
-def check_data(config: Config) -> tuple[int, str, list[dict]]:
-    """Read every row once, in constant memory, before anything slow.
-
-    Returns the number of rows to train on, a fingerprint, and a row of each sequence of roles.
+    Raises InputError at the first row that cannot be used, and if there are fewer than two.
     """
-    count, sha256, kinds = collections.Counter(), hashlib.sha256(), {}
-    start = time.perf_counter()
-    for row in read_rows(config):
-        x, y = row["prompt"], row["completion"]
-        count["held_out" if row["held_out"] else "n_D" if row["label"] else "n_U"] += 1
-        sha256.update(repr((x, y, row["label"])).encode())
-        kinds.setdefault((type(y), *(turn["role"] for turn in as_messages(x, "text"))), row)
-    n_d, n_u, rate = count["n_D"], count["n_U"], count.total() / (time.perf_counter() - start)
+    n, kinds = {True: 0, False: 0, "held out": 0}, {}
+    for row in tqdm(read_rows(config), "checking", unit=" rows", disable=None):
+        n["held out" if row["held_out"] else row["label"]] += 1
+        kinds[row["plain"], *(turn["role"] for turn in row["prompt"])] = row
+    n_d, n_u = n[True], n[False]
     if n_d + n_u < 2:
         raise InputError(f"{config.data}: {n_d + n_u} rows to train on; a step needs two")
-    print(f"data     {config.data}, {rate:,.0f} rows checked per second\n"
-          f"         n_D = {n_d} desirable, n_U = {n_u} undesirable, {count['held_out']} held out")
-    if (n_d + n_u) % config.batch_size == 1:
-        print("         the last row of each epoch is dropped: alone, it has no y' to meet")
+    print(f"data     {config.data}: n_D = {n_d}, n_U = {n_u}, {n['held out']} held out")
     d, u = config.lambda_d * n_d, config.lambda_u * n_u
-    if not (d and u):
-        print("WARNING  only one class counts: desirable rows alone are imitated, undesirable rows "
-              "alone unlearn every answer")
+    if d and u:
+        print(f"balance  lambda_D n_D / (lambda_U n_U) = {d / u:.3g}; Eq. 9 wants 1 to 1.5, "
+              f"so --lambda_d {u / n_d:.4g} to {1.5 * u / n_d:.4g}")
     else:
-        print(f"balance  lambda_D n_D / (lambda_U n_U) = {d / u:.3g}; Eq. 9 wants 1 to 1.5", end="")
-        name, least = ("lambda_d", u / d) if d < u else ("lambda_u", d / u / 1.5)
-        least *= getattr(config, name)
-        advice = f": set --{name} to {least:.4g} ... {1.5 * least:.4g}"
-        print("" if 1 <= round(d / u, 2) <= 1.5 else advice)
-    return n_d + n_u, sha256.hexdigest(), list(kinds.values())
-
-def resume_state(config: Config, sha256: str) -> dict:
-    """Step, log size, settings; on resume all that `train` saved. InputError if not this run's."""
-    may_change = ("data", "output", "micro_batch_size", "save_every", "resume")
-    settings = {key: value for key, value in vars(config).items() if key not in may_change}
-    settings["sha256 of the data"] = sha256
-    checkpoint, model = Path(config.output, "checkpoint.pt"), Path(config.output, "config.json")
-    if not config.resume:
-        toy = (config.model, config.output) == ("tiny", "kto-tiny")
-        if not toy and (checkpoint.exists() or model.exists()):
-            raise InputError(f"{config.output} holds a model; name another --output, or --resume")
-        checkpoint.unlink(missing_ok=True)  # that of an earlier toy
-        return {"step": 0, "log_bytes": 0, "settings": settings}
-    if not checkpoint.exists():
-        raise InputError(f"--resume: there is no {checkpoint}; start without --resume")
-    state = torch.load(checkpoint, map_location=DEVICE, weights_only=True)
-    changed = [f"{key} was {old}" for key, old in state["settings"].items() if settings[key] != old]
-    if changed:
-        raise InputError(f"--resume: {checkpoint} is of another run: {', '.join(changed)}")
-    return state
-
-def train(policy, reference, tokenizer, config: Config, total: int, state: dict) -> None:
-    """The loop: steps, an evaluation before each epoch and at the end, the log, checkpoints."""
-    per_epoch = total // config.batch_size + (total % config.batch_size > 1)
+        print("WARNING  one class only: desirable rows are imitated, undesirable ones unlearned")
+    full, left = divmod(n_d + n_u, config.batch_size)  # a single row left over has no y' to meet
+    per_epoch = full + (left > 1)
     steps = min(config.epochs * per_epoch, config.max_steps or math.inf)
+    print(f"steps    {steps}, {per_epoch} an epoch" + ", of which a row is left out" * (left == 1))
+    return per_epoch, steps, list(kinds.values())
+
+def resume_state(config: Config) -> dict:
+    """Where the run starts: step, log size, settings; on resume also all that `train` saved.
+
+    Raises InputError if --output holds a model already, or the checkpoint is of another run.
+    """
+    checkpoint, model = Path(config.output, "checkpoint.pt"), Path(config.output, "config.json")
+    digest = hashlib.file_digest(open(config.data, "rb"), "sha256").hexdigest()
+    settings = {**vars(config), "sha256 of the data": digest}
+    for name in ("data", "output", "micro_batch_size", "save_every", "resume"):
+        del settings[name]  # may change, since the result does not depend on it
+    if config.resume:
+        state = torch.load(checkpoint, map_location=DEVICE, weights_only=True)
+        if changed := dict(state["settings"].items() - settings.items()):
+            raise InputError(f"--resume: {checkpoint} is of another run, with {changed}")
+        return state
+    toy = (config.model, config.output) == ("tiny", "kto-tiny")
+    if not toy and (checkpoint.exists() or model.exists()):
+        raise InputError(f"{config.output} holds a model; name another --output, or --resume true")
+    checkpoint.unlink(missing_ok=True)  # that of an earlier toy
+    return {"step": 0, "log_bytes": 0, "settings": settings}
+
+def train(policy, reference, tokenizer, config: Config, per_epoch: int, steps: int, state: dict):
+    """The loop: steps, an evaluation before each epoch and at the end, the log, checkpoints."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
@@ -416,19 +369,20 @@ def train(policy, reference, tokenizer, config: Config, total: int, state: dict)
     first, stop, stream = state["step"], [], itertools.islice(batches(config), state["step"], None)
     for number in (signal.SIGINT, signal.SIGTERM):  # heard now, obeyed after the step in hand
         signal.signal(number, lambda number, _: stop.append(number))
-    bar = tqdm(total=steps, initial=first, unit="step", disable=None)
-    for step in range(first, steps + 1):
-        if len(held_out) > 1 and not stop and (step % per_epoch == 0 or step == steps):
-            logged = kto_step(policy, reference, held_out, config, train=False)
-            logged = {f"eval_{name}": value for name, value in logged.items()}
-            print(json.dumps({"step": step, **logged}), file=log)
-        if stop or (config.save_every and step > first and step % config.save_every == 0):
+    bar = tqdm(itertools.count(first), unit="step", total=steps, initial=first, disable=None)
+    for step in bar:
+        if stop or (config.save_every and step % config.save_every == 0):
             partial = Path(config.output, "checkpoint.partial")
             torch.save(state | {name: part.state_dict() for name, part in parts.items()}, partial)
             partial.replace(partial.with_suffix(".pt"))  # so that a checkpoint is whole or absent
         if stop:
             print(f"stopped after {step} of {steps} steps; to go on, add --resume true")
-            sys.exit(128 + stop[0])
+            raise SystemExit(128 + stop[0])
+        if len(held_out) > 1 and (step % per_epoch == 0 or step == steps):
+            logged = kto_step(policy, reference, held_out, config, train=False)
+            print(json.dumps({"step": step} | {f"eval_{k}": logged[k] for k in logged}), file=log)
+            figures = (f"{name} {value and round(value, 4)}" for name, value in logged.items())
+            tqdm.write(f"held out, after {step} steps: {', '.join(figures)}")
         if step == steps:
             break
         start, lr = time.perf_counter(), schedule.get_last_lr()[0]
@@ -436,15 +390,14 @@ def train(policy, reference, tokenizer, config: Config, total: int, state: dict)
         logged = kto_step(policy, reference, batch, config)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0).item()  # Table 1
         if not math.isfinite(logged["loss"] + norm):
-            sys.exit(f"step {step}: loss {logged['loss']}, gradient norm {norm}; lower --lr")
+            raise SystemExit(f"step {step}: loss {logged['loss']}, grad_norm {norm}; lower --lr")
         optimizer.step()  # 6
         optimizer.zero_grad()
         schedule.step()
+        bar.set_postfix({name: logged[name] for name in ("loss", "z0", "margin")})
         logged |= {"grad_norm": norm, "lr": lr, "seconds": time.perf_counter() - start}
         print(json.dumps({"step": step, **logged}), file=log)
         state |= {"step": step + 1, "log_bytes": log.tell()}
-        bar.set_postfix({name: logged[name] for name in ("loss", "z0", "margin")})
-        bar.update()
 
 def chart(steps: list[dict], width: int = 70) -> None:
     """Time goes down, r to the right: D and U, the mean r of the classes, and z, which is z0."""
@@ -460,36 +413,25 @@ def chart(steps: list[dict], width: int = 70) -> None:
         print(f"{step['step']:6} |{''.join(line)}|")
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="replace")  # a model may say what a terminal cannot show
-    transformers.utils.logging.disable_progress_bar()
-    config = read_config()
-    total, sha256, kinds = check_data(config)
-    state = resume_state(config, sha256)
+    config = Config(**vars(HfArgumentParser(Config, usage=argparse.SUPPRESS).parse_args()))
+    per_epoch, steps, kinds = check_data(config)
+    state = resume_state(config)
     tokenizer, reference = (tiny_model if config.model == "tiny" else load_model)(config)
     reference.eval().requires_grad_(False)  # eval: no dropout, nor in the copy
     policy = copy.deepcopy(reference).requires_grad_(True)
     example, *_ = [encode(row, tokenizer, config) for row in kinds]  # no template refuses one later
     x, y = tokenizer.decode(example["prompt"]), tokenizer.decode(example["completion"])
-    size = f"{policy.num_parameters() / 1e6:.1f}M parameters"
-    print(f"model    {config.model}, {size}, {config.dtype} on {DEVICE}")
+    print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}, {DEVICE}")
     print(f"example  {x}[[{y}]]  (what is in [[ ]] is scored)")
     Path(config.output).mkdir(parents=True, exist_ok=True)
-    train(policy, reference, tokenizer, config, total, state)
+    train(policy, reference, tokenizer, config, per_epoch, steps, state)
     policy.save_pretrained(config.output)
     tokenizer.save_pretrained(config.output)
-    for number in (signal.SIGINT, signal.SIGTERM):  # held back until the model is saved
-        signal.signal(number, signal.SIG_DFL)
-    for checkpoint in Path(config.output).glob("checkpoint.*"):
-        checkpoint.unlink()
-    log = [json.loads(line) for line in open(Path(config.output, "metrics.jsonl"))]
+    Path(config.output, "checkpoint.pt").unlink(missing_ok=True)
+    log = map(json.loads, open(Path(config.output, "metrics.jsonl")))
     chart([entry for entry in log if "lr" in entry])
-    cut = [sum(entry.get(f"cut_{what}", 0) for entry in log) for what in ("prompts", "completions")]
-    print("cut      {} prompts and {} completions, for being too long\n".format(*cut))
-    evals = [entry for entry in log if "eval_loss" in entry]
-    for name in evals[0] if evals else ():
-        print(f"{name:24} {evals[0][name]!s:8.8} -> {evals[-1][name]!s:8.8}")
     for row in itertools.islice(read_rows(config, held_out=True), 3):
-        print(f"\n{row['prompt']}")
+        print(f"\n{row['prompt'][-1]['content']}")
         ids = torch.tensor([encode(row, tokenizer, config)["prompt"]], device=DEVICE)
         for name, model in (("before", reference), ("after", policy)):
             torch.manual_seed(config.seed)
@@ -501,10 +443,8 @@ def main() -> None:
     print(f"\nThe model is in {config.output}, and beside it metrics.jsonl.")
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the first step, Ctrl-C just ends it
     try:
         main()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (InputError, OSError) as error:
+        argparse.ArgumentParser().exit(2, str(error).partition("\n")[0] + "\n")  # to stderr
