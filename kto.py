@@ -437,7 +437,7 @@ def main() -> None:
             torch.manual_seed(config.seed)
             answer = model.generate(
                 ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.eos_token_id,
-                max_new_tokens=64, do_sample=True, temperature=0.5)
+                max_new_tokens=64, do_sample=True, temperature=0.4)
             answer = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
             print(f"  {name:6} {answer.strip()}")
     print(f"\nThe model is in {config.output}, and beside it metrics.jsonl.")
