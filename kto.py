@@ -47,14 +47,14 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-reprlib.aRepr.maxdict = 20  # a message about a row names all its keys
+reprlib.aRepr.maxdict = 20  # keys that a message about a row names
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message says what was found, where, what to do."""
 
 @dataclasses.dataclass
 class Config:
-    """The settings of a run, each a flag of the command line. Defaults are the paper's (§4.2)."""
+    """The settings of a run, each a flag. What the paper gives is as it gives it (§4.2)."""
     model: str = HfArg(default="tiny", help="hub name or folder; 'tiny' is built and taught here")
     data: str = HfArg(default="data_sample.jsonl", help="JSONL: {prompt, completion, label}")
     output: str | None = HfArg(default=None, help="folder for the result; kto-MODEL if not given")
@@ -162,7 +162,7 @@ def parse_row(line: bytes) -> dict:
     return {"prompt": x, "completion": y, "label": bool(label), "plain": plain}
 
 def read_rows(config: Config, held_out: bool | None = None):
-    """Stream the rows of --data, each with "where", FILE:LINE, and "held_out", true for each k-th.
+    """Stream the rows of --data, each with "where", FILE:LINE, and "held_out": one of `holdout` is.
 
     With `held_out`, only the rows that are so, or are not. Raises InputError at an unusable row.
     """
@@ -176,7 +176,7 @@ def read_rows(config: Config, held_out: bool | None = None):
                 raise InputError(f'{where}: {error}; a row is one line of JSON, {{"prompt": text, '
                                  '"completion": text, "label": true or false}') from None
             row |= {"where": where, "held_out": config.holdout > 0 and count % config.holdout == 0}
-            if held_out in (None, row["held_out"]):
+            if held_out is None or held_out == row["held_out"]:
                 yield row
 
 def batches(config: Config):
@@ -209,11 +209,11 @@ def encode(row: dict, tokenizer, config: Config) -> dict:
             whole = tokenizer.apply_chat_template(x + y, tokenize=False)
         except Exception as error:  # a template may raise anything
             raise InputError(f"{row['where']}: no chat template for this: {error}") from error
-        if not whole.startswith(start):
-            raise InputError(f"{row['where']}: the chat template changes an answered prompt")
-        turn = whole[len(start) :].rstrip()  # the model stops at its end token, before a newline
+        turn = whole[len(start) :].rstrip() if whole.startswith(start) else ""  # to the end token
         x, y = tokenizer([start, turn], add_special_tokens=False).input_ids
-        ended = not tokenizer.decode(y[-1:], skip_special_tokens=True)  # special: it reads as ''
+        ended = not tokenizer.decode(y[-1:], skip_special_tokens=True)  # special: it reads as ""
+    if not (x and y):
+        raise InputError(f"{row['where']}: no tokens, or the template changes an answered prompt")
     y = y if ended else [*y, tokenizer.eos_token_id]
     return {
         "prompt": array("i", x[-config.max_prompt_length :]),  # an int of 4 bytes, not of 36
@@ -281,20 +281,20 @@ def kto_step(policy, reference, batch: list[dict], config: Config, train: bool =
 
     loss: mean of the rows; accuracy: share of rows where (r > z0) equals the label; kl, z0: mean of
     the mismatched pairs, raw and clamped; reward_*, margin: mean r of each class, their difference,
-    None where a class has no rows; cut_*: texts that were too long. kl to margin are in nats.
+    None where a class has no rows. All but the first two are in nats.
     """
     x, y = [row["prompt"] for row in batch], [row["completion"] for row in batch]
     desirable = torch.tensor([row["label"] for row in batch], device=DEVICE)
     y_next = y[1:] + y[:1]  # 2
     policy_kl, reference_kl = (score(pi, x, y_next, config) for pi in (policy, reference))  # 3
     reference_logps = score(reference, x, y, config)
-    z0 = reference_point(policy_kl, reference_kl)  # 4, of all m rows; then 3 once more, in 5
+    z0 = reference_point(policy_kl, reference_kl)  # 4
     weights = (config.beta, config.lambda_d, config.lambda_u)
 
     def loss(logps, rows):  # 5, some rows' part of the mean over m: their gradients add up
         return kto_loss(logps, reference_logps[rows], z0, desirable[rows], *weights).sum() / len(x)
 
-    policy_logps = score(policy, x, y, config, loss if train else None)
+    policy_logps = score(policy, x, y, config, loss if train else None)  # 3, with its gradient
     r = policy_logps - reference_logps
     d, u = (r[rows].mean().item() if rows.any() else None for rows in (desirable, ~desirable))
     return {
@@ -305,20 +305,14 @@ def kto_step(policy, reference, batch: list[dict], config: Config, train: bool =
         "reward_desirable": d,
         "reward_undesirable": u,
         "margin": None if d is None or u is None else d - u,
-        "cut_prompts": sum(row["cut"][0] for row in batch),
-        "cut_completions": sum(row["cut"][1] for row in batch),
     }
 
 # ---- The run -------------------------------------------------------------------------------------
-def check_data(config: Config) -> tuple[int, int, list[dict]]:
-    """Read every row, before anything slow: (steps an epoch, steps, a row of each order of roles).
-
-    Raises InputError at the first row that cannot be used, and if there are fewer than two.
-    """
-    n, kinds = {True: 0, False: 0, "held out": 0}, {}
+def check_data(config: Config) -> tuple[int, int]:
+    """Read every row, before anything slow: (steps an epoch, steps in all). Raises InputError."""
+    n = {True: 0, False: 0, "held out": 0}
     for row in tqdm(read_rows(config), "checking", unit=" rows", disable=None):
         n["held out" if row["held_out"] else row["label"]] += 1
-        kinds[row["plain"], *(turn["role"] for turn in row["prompt"])] = row
     n_d, n_u = n[True], n[False]
     if n_d + n_u < 2:
         raise InputError(f"{config.data}: {n_d + n_u} rows to train on; a step needs two")
@@ -328,12 +322,12 @@ def check_data(config: Config) -> tuple[int, int, list[dict]]:
         print(f"balance  lambda_D n_D / (lambda_U n_U) = {d / u:.3g}; Eq. 9 wants 1 to 1.5, "
               f"so --lambda_d {u / n_d:.4g} to {1.5 * u / n_d:.4g}")
     else:
-        print("WARNING  one class only: desirable rows are imitated, undesirable ones unlearned")
+        print("WARNING  only one class counts: imitated if desirable, unlearned if undesirable")
     full, left = divmod(n_d + n_u, config.batch_size)  # a single row left over has no y' to meet
     per_epoch = full + (left > 1)
     steps = min(config.epochs * per_epoch, config.max_steps or math.inf)
-    print(f"steps    {steps}, {per_epoch} an epoch" + ", of which a row is left out" * (left == 1))
-    return per_epoch, steps, list(kinds.values())
+    print(f"steps    {steps}, {per_epoch} an epoch" + ", one row left over in each" * (left == 1))
+    return per_epoch, steps
 
 def resume_state(config: Config) -> dict:
     """Where the run starts: step, log size, settings; on resume also all that `train` saved.
@@ -344,9 +338,9 @@ def resume_state(config: Config) -> dict:
     digest = hashlib.file_digest(open(config.data, "rb"), "sha256").hexdigest()
     settings = {**vars(config), "sha256 of the data": digest}
     for name in ("data", "output", "micro_batch_size", "save_every", "resume"):
-        del settings[name]  # may change, since the result does not depend on it
+        del settings[name]  # may change: the result is the same, up to rounding
     if config.resume:
-        state = torch.load(checkpoint, map_location=DEVICE, weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if changed := dict(state["settings"].items() - settings.items()):
             raise InputError(f"--resume: {checkpoint} is of another run, with {changed}")
         return state
@@ -364,13 +358,18 @@ def train(policy, reference, tokenizer, config: Config, per_epoch: int, steps: i
     for name in parts.keys() & state.keys():
         parts[name].load_state_dict(state.pop(name))
     log = open(Path(config.output, "metrics.jsonl"), "a", buffering=1)
-    log.truncate(state["log_bytes"])  # what was logged after the checkpoint is logged again
+    log.truncate(min(state["log_bytes"], log.tell()))  # drops what is logged again
     held_out = [encode(row, tokenizer, config) for row in read_rows(config, held_out=True)]
     first, stop, stream = state["step"], [], itertools.islice(batches(config), state["step"], None)
     for number in (signal.SIGINT, signal.SIGTERM):  # heard now, obeyed after the step in hand
         signal.signal(number, lambda number, _: stop.append(number))
     bar = tqdm(itertools.count(first), unit="step", total=steps, initial=first, disable=None)
     for step in bar:
+        if len(held_out) > 1 and not stop and (step % per_epoch == 0 or step == steps):
+            logged = kto_step(policy, reference, held_out, config, train=False)
+            print(json.dumps({"step": step} | {f"eval_{k}": logged[k] for k in logged}), file=log)
+            figures = (f"{name} {value and round(value, 4)}" for name, value in logged.items())
+            tqdm.write(f"held out, after {step} steps: {', '.join(figures)}")
         if stop or (config.save_every and step % config.save_every == 0):
             partial = Path(config.output, "checkpoint.partial")
             torch.save(state | {name: part.state_dict() for name, part in parts.items()}, partial)
@@ -378,11 +377,6 @@ def train(policy, reference, tokenizer, config: Config, per_epoch: int, steps: i
         if stop:
             print(f"stopped after {step} of {steps} steps; to go on, add --resume true")
             raise SystemExit(128 + stop[0])
-        if len(held_out) > 1 and (step % per_epoch == 0 or step == steps):
-            logged = kto_step(policy, reference, held_out, config, train=False)
-            print(json.dumps({"step": step} | {f"eval_{k}": logged[k] for k in logged}), file=log)
-            figures = (f"{name} {value and round(value, 4)}" for name, value in logged.items())
-            tqdm.write(f"held out, after {step} steps: {', '.join(figures)}")
         if step == steps:
             break
         start, lr = time.perf_counter(), schedule.get_last_lr()[0]
@@ -414,20 +408,25 @@ def chart(steps: list[dict], width: int = 70) -> None:
 
 def main() -> None:
     config = Config(**vars(HfArgumentParser(Config, usage=argparse.SUPPRESS).parse_args()))
-    per_epoch, steps, kinds = check_data(config)
+    per_epoch, steps = check_data(config)
     state = resume_state(config)
     tokenizer, reference = (tiny_model if config.model == "tiny" else load_model)(config)
     reference.eval().requires_grad_(False)  # eval: no dropout, nor in the copy
     policy = copy.deepcopy(reference).requires_grad_(True)
-    example, *_ = [encode(row, tokenizer, config) for row in kinds]  # no template refuses one later
-    x, y = tokenizer.decode(example["prompt"]), tokenizer.decode(example["completion"])
+    example = encode(next(read_rows(config)), tokenizer, config)
     print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}, {DEVICE}")
-    print(f"example  {x}[[{y}]]  (what is in [[ ]] is scored)")
+    print("prompt  ", tokenizer.decode(example["prompt"]))
+    print("scored  ", tokenizer.decode(example["completion"]))
+    rows = tqdm(read_rows(config), "encoding", unit=" rows", disable=None)  # none is refused later
+    cut = sum(torch.tensor(encode(row, tokenizer, config)["cut"]) for row in rows)
+    print(f"cut      {cut[0]} prompts and {cut[1]} completions, longer than their budget")
     Path(config.output).mkdir(parents=True, exist_ok=True)
     train(policy, reference, tokenizer, config, per_epoch, steps, state)
     policy.save_pretrained(config.output)
     tokenizer.save_pretrained(config.output)
     Path(config.output, "checkpoint.pt").unlink(missing_ok=True)
+    for number in (signal.SIGINT, signal.SIGTERM):  # held back until the model is saved
+        signal.signal(number, signal.SIG_DFL)
     log = map(json.loads, open(Path(config.output, "metrics.jsonl")))
     chart([entry for entry in log if "lr" in entry])
     for row in itertools.islice(read_rows(config, held_out=True), 3):

@@ -310,6 +310,15 @@ def test_a_step_equals_the_plain_computation_whatever_the_micro_batch(
     torch.testing.assert_close(gradients(policy), gradients(plain_policy), rtol=1e-4, atol=1e-6)
     assert all(weight.grad is None for weight in reference.parameters())
 
+def test_rows_of_like_length_go_together_and_the_longest_first(monkeypatch):
+    # Lengths 6, 2, 9, 4, 7 in micro-batches of 2: what does not fit in memory fails at once.
+    lengths = []
+    monkeypatch.setattr(kto, "completion_logps", lambda model, x, y: lengths.append(
+        [len(a) + len(b) for a, b in zip(x, y)]) or torch.zeros(len(x)))
+    config = dataclasses.replace(SETTINGS, micro_batch_size=2)
+    kto.score(None, [[1]] * 5, [[2] * n for n in (5, 1, 8, 3, 6)], config)
+    assert lengths == [[9, 7], [6, 4], [2]]
+
 def test_evaluation_gives_the_figures_of_a_step_without_its_gradient():
     policy, reference = policy_and_reference(raw_kl=1)
     logged = kto.kto_step(policy, reference, encoded(), SETTINGS, train=False)
@@ -561,10 +570,10 @@ def test_odd_but_usable_files_are_read_without_a_word(tmp_path, capsys):
     (9, 1, 1, 1, "9", "0.1111 to 0.1667"),
     (3, 10, 1, 1, "0.3", "3.333 to 5"),
     (2, 2, 1, 1, "1", "1 to 1.5"),
-    (2, 2, 1, 0, None, "one class only"),
-    (2, 2, 0, 1, None, "one class only"),
-    (2, 0, 1, 1, None, "one class only"),
-    (0, 2, 1, 1, None, "one class only"),
+    (2, 2, 1, 0, None, "only one class counts"),
+    (2, 2, 0, 1, None, "only one class counts"),
+    (2, 0, 1, 1, None, "only one class counts"),
+    (0, 2, 1, 1, None, "only one class counts"),
 ])
 def test_unequal_classes_get_the_weight_to_paste(
         n_d, n_u, lambda_d, lambda_u, ratio, advice, tmp_path, capsys):
@@ -575,10 +584,10 @@ def test_unequal_classes_get_the_weight_to_paste(
     assert f"n_D = {n_d}, n_U = {n_u}, 0 held out\n" in out
     if ratio:
         assert f"= {ratio}; Eq. 9 wants 1 to 1.5, so --lambda_d {advice}\n" in out
-    assert ("WARNING  one class only" in out) == (ratio is None)
+    assert ("WARNING  only one class counts" in out) == (ratio is None)
 
 @pytest.mark.parametrize("n_rows, holdout, per_epoch, said", [
-    (24, 0, 4, ""), (22, 0, 3, ", of which a row is left out"), (21, 0, 3, ""), (21, 7, 3, "")])
+    (24, 0, 4, ""), (22, 0, 3, ", one row left over in each"), (21, 0, 3, ""), (21, 7, 3, "")])
 def test_the_steps_are_known_before_the_model_is_loaded(
         n_rows, holdout, per_epoch, said, tmp_path, capsys):
     # By 7: 24 = 3 * 7 + 3; 22 = 3 * 7 + 1, a row on its own; 21 = 3 * 7, and 18 = 2 * 7 + 4.
@@ -647,6 +656,7 @@ BARE = (  # no end token at all
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}")
 FORGETS = "{{ messages[-1].content }}"  # an answer changes what stands before it
+ASKS = "{{ messages[0].content }}"  # an answer is left out
 
 SYSTEM, USER, ANSWER, USER_2, ANSWER_2 = (
     {"role": role, "content": content} for role, content in [
@@ -736,9 +746,16 @@ def test_of_a_long_prompt_the_end_is_kept_and_of_a_long_completion_the_start():
     assert cut(8, 5) == ("<s>Tell me", "Hello", [False, True])  # it did not end there: no EOS
     assert cut(1, 1) == ("e", "H", [True, True])
 
+def test_a_prompt_that_becomes_no_token_is_named():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("\u200b", "")
+    with pytest.raises(kto.InputError, match="^rows.jsonl:3: no tokens"):
+        decoded(tokenizer, "\u200b", "Hello")
+
 @pytest.mark.parametrize("template, x, found", [
     (None, [USER], "no chat template"), (LLAMA, [SYSTEM, USER], "no system turn"),
-    (FORGETS, [USER], "the chat template changes an answered prompt")])
+    (FORGETS, [USER], "no tokens, or the template changes an answered prompt"),
+    (ASKS, [USER], "no tokens, or the template changes an answered prompt")])
 def test_a_chat_that_the_template_cannot_take_is_named(template, x, found):
     with pytest.raises(kto.InputError, match=f"^rows.jsonl:3: .*{found}"):
         decoded(byte_tokenizer(template), x, "Hello")
@@ -913,15 +930,13 @@ def test_the_saved_model_has_the_held_out_figures_of_all_held_out_rows_together(
         "eval_reward_desirable": (r[0] + r[2]) / 2,
         "eval_reward_undesirable": (r[1] + r[3]) / 2,
         "eval_margin": (r[0] + r[2] - r[1] - r[3]) / 2,
-        "eval_cut_prompts": 0,
-        "eval_cut_completions": 0,
     }, rel=1e-4, abs=1e-5)
 
 def test_one_class_alone_trains_with_a_warning_and_logs_null_for_the_other(run, tmp_path, capsys):
     data = write_rows(tmp_path / "rows.jsonl", say(6, 6))
     run(tmp_path / "output", "--data", data, "--holdout", 0)
     printed = capsys.readouterr()
-    assert printed.out.count("WARNING") == 1 and "one class only" in printed.out
+    assert printed.out.count("WARNING") == 1 and "only one class counts" in printed.out
     assert "step/s" not in printed.err  # no progress bar where there is no terminal
     for line in read_log(tmp_path / "output"):
         assert line["reward_undesirable"] is None and line["margin"] is None
@@ -952,6 +967,30 @@ def test_a_killed_run_loses_only_the_steps_since_its_last_save(run, whole, tmp_p
     assert saved_step(tmp_path) == 6 and read_log(tmp_path)[-1]["step"] == 6
     run(tmp_path, "--save_every", 3, "--resume", "true")
     assert_same_result(tmp_path, whole)
+
+def test_a_signal_during_an_evaluation_is_obeyed_after_it(run, whole, tmp_path, monkeypatch):
+    kto_step = kto.kto_step
+
+    def interrupted(*args, train=True):
+        if not train:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return kto_step(*args, train=train)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kto, "kto_step", interrupted)
+        with pytest.raises(SystemExit, match="143"):
+            run(tmp_path)
+    assert saved_step(tmp_path) == 0 and len(read_log(tmp_path)) == 1
+    run(tmp_path, "--resume", "true")
+    assert_same_result(tmp_path, whole)
+
+def test_a_run_whose_log_was_lost_goes_on_with_a_new_one(run, tmp_path, monkeypatch):
+    at_step(monkeypatch, 3, lambda policy: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    run(tmp_path, "--resume", "true")
+    assert [line["step"] for line in read_log(tmp_path) if "lr" in line] == list(range(4, STEPS))
 
 def test_a_kill_during_a_save_leaves_the_older_checkpoint(run, whole, tmp_path, monkeypatch):
     save, saves = torch.save, []
@@ -1006,6 +1045,7 @@ def test_another_run_is_never_mixed_in_or_overwritten(run, whole, small, tmp_pat
         (tmp_path, ("--resume", "true", "--data", other), "'sha256 of the data': '[0-9a-f]{64}'}$"),
         (tmp_path, (), "holds a model; name another --output, or --resume true"),
         (whole, (), "holds a model; name another --output, or --resume true"),
+        (whole, ("--model", "tiny"), "holds a model; name another --output, or --resume true"),
         (whole, ("--resume", "true"), "No such file or directory: .*checkpoint.pt"),
         (tmp_path / "new", ("--resume", "true"), "No such file or directory: .*checkpoint.pt"),
     ]:
@@ -1039,6 +1079,13 @@ def test_the_tiny_model_can_be_trained_again_in_its_own_folder(run, small, tmp_p
         with pytest.raises(Killed):
             run("kto-tiny", *again)
         assert saved_step("kto-tiny") == step
+
+def test_what_is_too_long_is_counted_before_the_training(run, tmp_path, capsys):
+    # A prompt is "<|im_start|>user\nSay N<|im_end|>\n<|im_start|>assistant\n", of 24 or 25 tokens;
+    # a completion N<|im_end|> or no<|im_end|>. 21 rows: 11 prompts of two digits, 16 completions
+    # of three tokens: 10, 12 ... 20 and each "no".
+    run(tmp_path, "--max_prompt_length", 24, "--max_completion_length", 2)
+    assert "cut      11 prompts and 16 completions" in capsys.readouterr().out
 
 def test_a_chat_that_the_template_cannot_take_stops_the_run_before_it_trains(
         run, small, tmp_path):
@@ -1209,7 +1256,10 @@ def test_the_first_command_learns(monkeypatch, tmp_path, capsys):
     before, *_, after = (line for line in log if "eval_loss" in line)
     assert (before["eval_loss"], before["eval_z0"], before["eval_margin"]) == (0.5, 0.0, 0.0)
     assert after["eval_accuracy"] >= 0.95 and after["eval_margin"] > 10
-    answers = re.findall(r"before (.*)\n  after  (.*)\n", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    figures = f"loss {round(after['eval_loss'], 4)}, accuracy {round(after['eval_accuracy'], 4)}"
+    assert f"held out, after 48 steps: {figures}" in printed
+    answers = re.findall(r"before (.*)\n  after  (.*)\n", printed)
     assert len(answers) == 3 and all(was != is_now for was, is_now in answers)
     model = transformers.AutoModelForCausalLM.from_pretrained("kto-tiny")
     tokenizer = transformers.AutoTokenizer.from_pretrained("kto-tiny")
