@@ -360,7 +360,8 @@ def train(policy, reference, tokenizer, config: Config, per_epoch: int, steps: i
     log = open(Path(config.output, "metrics.jsonl"), "a", buffering=1)
     log.truncate(min(state["log_bytes"], log.tell()))  # drops what is logged again
     held_out = [encode(row, tokenizer, config) for row in read_rows(config, held_out=True)]
-    first, stop, stream = state["step"], [], itertools.islice(batches(config), state["step"], None)
+    first, stop = state["step"], []
+    stream = itertools.islice(batches(config), first, None)
     for number in (signal.SIGINT, signal.SIGTERM):  # heard now, obeyed after the step in hand
         signal.signal(number, lambda number, _: stop.append(number))
     bar = tqdm(itertools.count(first), unit="step", total=steps, initial=first, disable=None)
