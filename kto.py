@@ -54,7 +54,7 @@ class InputError(ValueError):
 
 @dataclasses.dataclass
 class Config:
-    """The settings of a run, each a flag. What the paper gives is as it gives it (§4.2)."""
+    """The settings of a run, each a flag. Where the paper names a default (§4.2), it is ours."""
     model: str = HfArg(default="tiny", help="hub name or folder; 'tiny' is built and taught here")
     data: str = HfArg(default="data_sample.jsonl", help="JSONL: {prompt, completion, label}")
     output: str | None = HfArg(default=None, help="folder for the result; kto-MODEL if not given")
@@ -69,7 +69,7 @@ class Config:
     max_prompt_length: int = HfArg(default=512, help="tokens kept, from the end of the prompt")
     max_completion_length: int = HfArg(default=512, help="tokens kept, from its start")
     holdout: int = HfArg(default=10, help="every holdout-th row is kept for evaluation; 0: none")
-    chat_template: bool = HfArg(default=True, help="plain strings become chat turns")
+    chat_template: bool = HfArg(default=True, help="whether plain strings become chat turns")
     dtype: str = HfArg(default="auto", metadata={"choices": ["auto", "float32", "bfloat16"]},
                        help="of the forward passes; auto: bfloat16 on CUDA; weights: float32")
     seed: int = HfArg(default=0, help="of the order of the rows and of the tiny model")
@@ -143,7 +143,7 @@ def parse_row(line: bytes) -> dict:
 
     A text becomes one message; plain: both were texts. Raises ValueError or RecursionError.
     """
-    match json.loads(line.decode("utf-8-sig")):
+    match json.loads(line.decode("utf-8-sig").strip()):
         case {"prompt": str() | [_, *_] as x, "completion": str() | [{"role": "assistant"}] as y,
               "label": 0 | 1 as label}:  # true and false equal 1 and 0
             plain = isinstance(x, str) and isinstance(y, str)
@@ -158,7 +158,7 @@ def parse_row(line: bytes) -> dict:
             case {"role": str(), "content": str(text)} if text.strip():
                 text.encode()  # half a surrogate pair raises here, not in the tokenizer
             case _:
-                raise ValueError(f"message {reprlib.repr(message)} lacks a role or a text")
+                raise ValueError(f"no role or no text in {reprlib.repr(message)}")
     return {"prompt": x, "completion": y, "label": bool(label), "plain": plain}
 
 def read_rows(config: Config, held_out: bool | None = None):
@@ -310,17 +310,17 @@ def kto_step(policy, reference, batch: list[dict], config: Config, train: bool =
 # ---- The run -------------------------------------------------------------------------------------
 def check_data(config: Config) -> tuple[int, int]:
     """Read every row, before anything slow: (steps an epoch, steps in all). Raises InputError."""
-    n = {True: 0, False: 0, "held out": 0}
+    n = dict.fromkeys(itertools.product((True, False), repeat=2), 0)  # by held_out and label
     for row in tqdm(read_rows(config), "checking", unit=" rows", disable=None):
-        n["held out" if row["held_out"] else row["label"]] += 1
-    n_d, n_u = n[True], n[False]
+        n[row["held_out"], row["label"]] += 1
+    held_d, held_u, n_d, n_u = n.values()
     if n_d + n_u < 2:
         raise InputError(f"{config.data}: {n_d + n_u} rows to train on; a step needs two")
-    print(f"data     {config.data}: n_D = {n_d}, n_U = {n_u}, {n['held out']} held out")
+    print(f"data     {config.data}: n_D = {n_d}, n_U = {n_u}; held out {held_d} and {held_u}")
     d, u = config.lambda_d * n_d, config.lambda_u * n_u
     if d and u:
-        print(f"balance  lambda_D n_D / (lambda_U n_U) = {d / u:.3g}; Eq. 9 wants 1 to 1.5, "
-              f"so --lambda_d {u / n_d:.4g} to {1.5 * u / n_d:.4g}")
+        print(f"balance  lambda_D n_D / (lambda_U n_U) = {d / u:.3g}; Eq. 9 wants 1 to 1.5" +
+              f": --lambda_d {u / n_d:.4g} to {1.5 * u / n_d:.4g}" * (not 0.995 < d / u < 1.505))
     else:
         print("WARNING  only one class counts: imitated if desirable, unlearned if undesirable")
     full, left = divmod(n_d + n_u, config.batch_size)  # a single row left over has no y' to meet
@@ -342,11 +342,11 @@ def resume_state(config: Config) -> dict:
     if config.resume:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if changed := dict(state["settings"].items() - settings.items()):
-            raise InputError(f"--resume: {checkpoint} is of another run, with {changed}")
+            raise InputError(f"--resume: {checkpoint} is of a run with {changed}; use the same")
         return state
     toy = (config.model, config.output) == ("tiny", "kto-tiny")
     if not toy and (checkpoint.exists() or model.exists()):
-        raise InputError(f"{config.output} holds a model; name another --output, or --resume true")
+        raise InputError(f"{config.output} is in use; name another or, if cut short, --resume true")
     checkpoint.unlink(missing_ok=True)  # that of an earlier toy
     return {"step": 0, "log_bytes": 0, "settings": settings}
 

@@ -491,12 +491,12 @@ BAD_ROWS = [
     *((f'{{"prompt": {x}, "completion": "b", "label": true}}', f"'prompt': {shown}}}")
       for x, shown in [("5", "5"), ("null", "None"), ("[]", r"\[\]"),
                        ('{"role": "user", "content": "a"}', "{'content': 'a', 'role': 'user'}")]),
-    *((f'{{"prompt": "a", "completion": {y}, "label": true}}', f"message {shown} lacks a role or a")
+    *((f'{{"prompt": "a", "completion": {y}, "label": true}}', f"no role or no text in {shown}")
       for y, shown in [('""', "{'content': '', 'role': 'assistant'}"),
                        ('" \\n\\t"', r"{'content': ' \\n\\t', 'role': 'assistant'}"),
                        ('[{"role": "assistant"}]', "{'role': 'assistant'}"),
                        ('[{"role": "assistant", "content": null}]', "{'content': None, .*}")]),
-    *((f'{{"prompt": {x}, "completion": "b", "label": true}}', f"message {shown} lacks a role or a")
+    *((f'{{"prompt": {x}, "completion": "b", "label": true}}', f"no role or no text in {shown}")
       for x, shown in [('" "', "{'content': ' ', 'role': 'user'}"), ('["a"]', "'a'"),
                        ('[{"content": "a"}]', "{'content': 'a'}"),
                        ('[{"role": 1, "content": "a"}]', "{'content': 'a', 'role': 1}"),
@@ -562,29 +562,31 @@ def test_odd_but_usable_files_are_read_without_a_word(tmp_path, capsys):
     kto.check_data(config)
     assert "WARNING" not in capsys.readouterr().out
 
-@pytest.mark.parametrize("n_d, n_u, lambda_d, lambda_u, ratio, advice", [
-    (1, 10, 1, 1, "0.1", "10 to 15"),  # §4.2
-    (1, 10, 12, 1, "1.2", "10 to 15"),
-    (1, 10, 1, 2, "0.05", "20 to 30"),
-    (4, 5, 1, 0.5, "1.6", "0.625 to 0.9375"),
-    (9, 1, 1, 1, "9", "0.1111 to 0.1667"),
-    (3, 10, 1, 1, "0.3", "3.333 to 5"),
-    (2, 2, 1, 1, "1", "1 to 1.5"),
-    (2, 2, 1, 0, None, "only one class counts"),
-    (2, 2, 0, 1, None, "only one class counts"),
-    (2, 0, 1, 1, None, "only one class counts"),
-    (0, 2, 1, 1, None, "only one class counts"),
+@pytest.mark.parametrize("n_d, n_u, lambda_d, lambda_u, balance", [
+    (1, 10, 1, 1, "= 0.1; Eq. 9 wants 1 to 1.5: --lambda_d 10 to 15\n"),  # §4.2
+    (1, 10, 10, 1, "= 1; Eq. 9 wants 1 to 1.5\n"),
+    (1, 10, 15, 1, "= 1.5; Eq. 9 wants 1 to 1.5\n"),
+    (1, 10, 1, 2, "= 0.05; Eq. 9 wants 1 to 1.5: --lambda_d 20 to 30\n"),
+    (1, 10, 2, 1, "= 0.2; Eq. 9 wants 1 to 1.5: --lambda_d 10 to 15\n"),
+    (4, 5, 1, 0.5, "= 1.6; Eq. 9 wants 1 to 1.5: --lambda_d 0.625 to 0.9375\n"),
+    (9, 1, 1, 1, "= 9; Eq. 9 wants 1 to 1.5: --lambda_d 0.1111 to 0.1667\n"),
+    (9, 1, 0.1111, 1, "= 1; Eq. 9 wants 1 to 1.5\n"),  # pasted, what is printed suffices
+    (9, 1, 0.1667, 1, "= 1.5; Eq. 9 wants 1 to 1.5\n"),
+    (2, 2, 1, 1, "= 1; Eq. 9 wants 1 to 1.5\n"),
+    (2, 2, 1, 0, None),
+    (2, 2, 0, 1, None),
+    (2, 0, 1, 1, None),
+    (0, 2, 1, 1, None),
 ])
 def test_unequal_classes_get_the_weight_to_paste(
-        n_d, n_u, lambda_d, lambda_u, ratio, advice, tmp_path, capsys):
+        n_d, n_u, lambda_d, lambda_u, balance, tmp_path, capsys):
     data = write_rows(tmp_path / "rows.jsonl", say(n_d + n_u, n_d))
     config = kto.Config(data=data, holdout=0, lambda_d=lambda_d, lambda_u=lambda_u)
     kto.check_data(config)
     out = capsys.readouterr().out
-    assert f"n_D = {n_d}, n_U = {n_u}, 0 held out\n" in out
-    if ratio:
-        assert f"= {ratio}; Eq. 9 wants 1 to 1.5, so --lambda_d {advice}\n" in out
-    assert ("WARNING  only one class counts" in out) == (ratio is None)
+    assert f"n_D = {n_d}, n_U = {n_u}; held out 0 and 0\n" in out
+    assert (balance or "WARNING  only one class counts") in out
+    assert ("WARNING" in out) == (balance is None)
 
 @pytest.mark.parametrize("n_rows, holdout, per_epoch, said", [
     (24, 0, 4, ""), (22, 0, 3, ", one row left over in each"), (21, 0, 3, ""), (21, 7, 3, "")])
@@ -593,7 +595,7 @@ def test_the_steps_are_known_before_the_model_is_loaded(
     # By 7: 24 = 3 * 7 + 3; 22 = 3 * 7 + 1, a row on its own; 21 = 3 * 7, and 18 = 2 * 7 + 4.
     data = write_rows(tmp_path / "rows.jsonl", say(n_rows))
     config = kto.Config(data=data, holdout=holdout, batch_size=7, epochs=2)
-    assert kto.check_data(config)[:2] == (per_epoch, 2 * per_epoch)
+    assert kto.check_data(config) == (per_epoch, 2 * per_epoch)
     assert f"steps    {2 * per_epoch}, {per_epoch} an epoch{said}\n" in capsys.readouterr().out
     assert len(list(kto.batches(config))) == 2 * per_epoch
     assert kto.check_data(dataclasses.replace(config, max_steps=5))[1] == 5
@@ -1034,7 +1036,7 @@ def test_another_run_is_never_mixed_in_or_overwritten(run, whole, small, tmp_pat
     files = [tmp_path / "checkpoint.pt", *whole.iterdir()]
     before = [file.read_bytes() for file in files]
     for output, flags, found in [
-        (tmp_path, ("--resume", "true", "--beta", 0.2), "of another run, with {'beta': 0.1}$"),
+        (tmp_path, ("--resume", "true", "--beta", 0.2), "a run with {'beta': 0.1}; use the same"),
         (tmp_path, ("--resume", "true", "--lambda_u", 2), "{'lambda_u': 1.0}"),
         (tmp_path, ("--resume", "true", "--lr", 0.02), "{'lr': 0.01}"),
         (tmp_path, ("--resume", "true", "--seed", 1), "{'seed': 0}"),
@@ -1042,10 +1044,10 @@ def test_another_run_is_never_mixed_in_or_overwritten(run, whole, small, tmp_pat
         (tmp_path, ("--resume", "true", "--epochs", 3), "{'epochs': 2}"),
         (tmp_path, ("--resume", "true", "--holdout", 4), "{'holdout': 5}"),
         (tmp_path, ("--resume", "true", "--model", "tiny"), f"'model': '{small / 'model'}'"),
-        (tmp_path, ("--resume", "true", "--data", other), "'sha256 of the data': '[0-9a-f]{64}'}$"),
-        (tmp_path, (), "holds a model; name another --output, or --resume true"),
-        (whole, (), "holds a model; name another --output, or --resume true"),
-        (whole, ("--model", "tiny"), "holds a model; name another --output, or --resume true"),
+        (tmp_path, ("--resume", "true", "--data", other), "{'sha256 of the data': '.{64}'};"),
+        (tmp_path, (), "is in use; name another or, if cut short, --resume true"),
+        (whole, (), "is in use; name another or, if cut short, --resume true"),
+        (whole, ("--model", "tiny"), "is in use; name another or, if cut short, --resume true"),
         (whole, ("--resume", "true"), "No such file or directory: .*checkpoint.pt"),
         (tmp_path / "new", ("--resume", "true"), "No such file or directory: .*checkpoint.pt"),
     ]:
@@ -1071,7 +1073,7 @@ def test_the_tiny_model_can_be_trained_again_in_its_own_folder(run, small, tmp_p
     for _ in range(2):  # `python kto.py` typed twice
         run("kto-tiny", *again)
     assert [line["step"] for line in read_log("kto-tiny")] == [0, 1, 2]
-    with pytest.raises(kto.InputError, match="kto-tiny holds a model"):
+    with pytest.raises(kto.InputError, match="kto-tiny is in use"):
         run("kto-tiny", "--model", small / "model")
     # The checkpoint of an earlier run is not the later run's.
     for step in (2, 0):
@@ -1141,7 +1143,6 @@ torch.set_num_threads(1)  # at this size a second thread only costs, ten times o
 SEED, END, QUESTIONS = 0, 16, range(17, 81)
 RIGHT = dict(zip(QUESTIONS, random.Random(5).choices(range(16), k=64)))
 
-
 def answers(model, per_question, length=2):
     torch.manual_seed(SEED)
     x = torch.tensor([[q] for q in QUESTIONS] * per_question, device=kto.DEVICE)
@@ -1149,18 +1150,15 @@ def answers(model, per_question, length=2):
                            max_new_tokens=length, pad_token_id=END)
     return [(q, y) for q, *y in texts.tolist()]
 
-
 def success(model, length=2):
     found = answers(model, 16, length)
     return sum(y == [RIGHT[q], END][:length] for q, y in found) / len(found)
-
 
 def labelled(model, phrase=()):
     """2,048 answers of the model, with `phrase` before END: (the right ones, the wrong ones)."""
     rows = [{"prompt": [q], "completion": [y, *phrase, END], "label": y == RIGHT[q],
              "cut": [False, False]} for q, [y] in answers(model, 32, length=1)]
     return [row for row in rows if row["label"]], [row for row in rows if not row["label"]]
-
 
 def trained(reference, rows, epochs, **settings):
     """(the policy after `epochs` over `rows`, what each step returned)"""
@@ -1175,7 +1173,6 @@ def trained(reference, rows, epochs, **settings):
             optimizer.step()
             optimizer.zero_grad()
     return policy, log
-
 
 @pytest.fixture(scope="module")
 def half_right():
@@ -1194,13 +1191,11 @@ def half_right():
         optimizer.zero_grad()
     return model.eval().requires_grad_(False)
 
-
 def test_labels_alone_teach_what_is_right(half_right):
     good, bad = labelled(half_right)
     policy, _ = trained(half_right, good + bad, epochs=2, beta=1.0)
     assert 0.4 < success(half_right) < 0.6  # 0.48 0.52 0.46 0.48 0.50 0.46
     assert success(policy) >= 0.9  # 1.00 1.00 0.97 1.00 1.00 1.00
-
 
 def test_a_fifth_of_the_labels_may_be_wrong(half_right):
     good, bad = labelled(half_right)
@@ -1209,7 +1204,6 @@ def test_a_fifth_of_the_labels_may_be_wrong(half_right):
     policy, _ = trained(half_right, rows, epochs=2, beta=1.0)
     assert success(policy) > 0.8  # 0.90 0.96 0.93 0.92 0.99 0.94
 
-
 def test_one_desirable_row_for_nine_is_enough_with_the_weights_of_eq_9_and_only_so(half_right):
     good, bad = labelled(half_right)
     rows = good[: len(bad) // 9] + bad  # about 115 + 1,030: some questions have no desirable row
@@ -1217,7 +1211,6 @@ def test_one_desirable_row_for_nine_is_enough_with_the_weights_of_eq_9_and_only_
     plain, _ = trained(half_right, rows, epochs=4, beta=0.5)
     assert success(weighted) > 0.8  # 0.95 1.00 0.93 0.97 0.92 0.98
     assert success(plain) < 0.65  # 0.00 0.00 0.53 0.00 0.00 0.00
-
 
 def test_z0_keeps_the_loss_from_saturating_where_all_completions_grow_likelier(
         half_right, monkeypatch):
@@ -1257,6 +1250,7 @@ def test_the_first_command_learns(monkeypatch, tmp_path, capsys):
     assert (before["eval_loss"], before["eval_z0"], before["eval_margin"]) == (0.5, 0.0, 0.0)
     assert after["eval_accuracy"] >= 0.95 and after["eval_margin"] > 10
     printed = capsys.readouterr().out
+    assert "n_D = 268, n_U = 215; held out 28 and 25\n" in printed
     figures = f"loss {round(after['eval_loss'], 4)}, accuracy {round(after['eval_accuracy'], 4)}"
     assert f"held out, after 48 steps: {figures}" in printed
     answers = re.findall(r"before (.*)\n  after  (.*)\n", printed)
