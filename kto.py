@@ -421,11 +421,11 @@ def main() -> None:
     rows = tqdm(read_rows(config), "encoding", unit=" rows", disable=None)  # none is refused later
     cut = sum(torch.tensor(encode(row, tokenizer, config)["cut"]) for row in rows)
     print(f"cut      {cut[0]} prompts and {cut[1]} completions, longer than their budget")
-    Path(config.output).mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(config.output)  # makes the folder, in which checkpoints stand too
     train(policy, reference, tokenizer, config, per_epoch, steps, state)
     policy.save_pretrained(config.output)
-    tokenizer.save_pretrained(config.output)
-    Path(config.output, "checkpoint.pt").unlink(missing_ok=True)
+    for checkpoint in Path(config.output).glob("checkpoint.*"):
+        checkpoint.unlink()
     for number in (signal.SIGINT, signal.SIGTERM):  # held back until the model is saved
         signal.signal(number, signal.SIG_DFL)
     log = map(json.loads, open(Path(config.output, "metrics.jsonl")))

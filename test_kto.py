@@ -1009,7 +1009,7 @@ def test_a_kill_during_a_save_leaves_the_older_checkpoint(run, whole, tmp_path, 
     with pytest.raises(Killed):
         run(tmp_path, "--save_every", 2)
     assert saved_step(tmp_path) == 2
-    run(tmp_path, "--save_every", 2, "--resume", "true")
+    run(tmp_path, "--resume", "true")
     assert_same_result(tmp_path, whole)
 
 def test_a_process_that_is_killed_can_be_resumed(run, small, tmp_path):
