@@ -955,6 +955,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         run(tmp_path / "output")
     assert stopped.value.code == status and "--resume true" in capsys.readouterr().out
     assert saved_step(tmp_path / "output") == step + 1
+    # At once: the evaluation that was due after 6 steps is left to the run that goes on.
+    assert [line["step"] for line in read_log(tmp_path / "output")] == [0, *range(step + 1)]
     (tmp_path / "output").rename(tmp_path / "moved")
     data = shutil.copy(small / "rows.jsonl", tmp_path)
     run(tmp_path / "moved", "--resume", "true", "--data", data, "--save_every", 4)
