@@ -3,7 +3,7 @@
 
 The paper: "KTO: Model Alignment as Prospect Theoretic Optimization", Ethayarajh et al., ICML 2024,
 arXiv 2402.01306; equations and sections are numbered as in its v5. The data are rows of a prompt x,
-a completion y and a label: y is desirable or undesirable. One step of training:
+a completion y and a label: y is desirable or not. One step; its numbers return in the comments:
 
   1. Take m rows (x, y, label), in any mix of the two classes.
   2. Pair each x with the completion y' of the next row; the last row meets the first.
@@ -21,7 +21,7 @@ a completion y and a label: y is desirable or undesirable. One step of training:
   r_theta(x, y), z_0    r, z0               implicit reward of a row, reference point of a batch
   v(x, y), beta         v, beta             value of a row, and how soon it saturates
   lambda_D, lambda_U    lambda_d, lambda_u  weight of desirable and of undesirable rows
-  m                     m; B; T; N; D; V    rows a step; a call; tokens; scored; hidden; vocabulary
+  shapes: m rows a step, B rows a call, T tokens each, N scored in all, H hidden size, V vocabulary
 
   python kto.py                                                    offline, two CPU cores, a minute
   python kto.py --model NAME_OR_FOLDER --data FILE.jsonl --output FOLDER          your own feedback
@@ -107,7 +107,7 @@ def completion_logps(model, prompts: list[list[int]], completions: list[list[int
     predicts = is_target.roll(-1, dims=1)  # (B, T), since position t predicts token t + 1
     # The logits are the largest tensors of a step: the head sees only the positions that count.
     head = model.get_output_embeddings()
-    with head.register_forward_pre_hook(lambda _, args: (args[0][predicts][None],)):  # (1, N, D)
+    with head.register_forward_pre_hook(lambda _, args: (args[0][predicts][None],)):  # (1, N, H)
         logits = model(input_ids=ids, use_cache=False).logits[0].float()  # (N, V)
     nll = torch.nn.functional.cross_entropy(logits, ids[is_target], reduction="none")  # (N,)
     return torch.stack([-row.sum() for row in nll.split([len(y) for y in completions])])
@@ -162,7 +162,7 @@ def parse_row(line: bytes) -> dict:
     return {"prompt": x, "completion": y, "label": bool(label), "plain": plain}
 
 def read_rows(config: Config, held_out: bool | None = None):
-    """Stream the rows of --data, each with "where", FILE:LINE, and "held_out": one of `holdout` is.
+    """Stream the rows of --data, with "where" (FILE:LINE) and "held_out" (each `holdout`-th is).
 
     With `held_out`, only the rows that are so, or are not. Raises InputError at an unusable row.
     """
@@ -209,7 +209,7 @@ def encode(row: dict, tokenizer, config: Config) -> dict:
             whole = tokenizer.apply_chat_template(x + y, tokenize=False)
         except Exception as error:  # a template may raise anything
             raise InputError(f"{row['where']}: no chat template for this: {error}") from error
-        turn = whole[len(start) :].rstrip() if whole.startswith(start) else ""  # to the end token
+        turn = whole[len(start) :].rstrip() if whole.startswith(start) else ""  # no last newline
         x, y = tokenizer([start, turn], add_special_tokens=False).input_ids
         ended = not tokenizer.decode(y[-1:], skip_special_tokens=True)  # special: it reads as ""
     if not (x and y):
@@ -358,7 +358,7 @@ def train(policy, reference, tokenizer, config: Config, per_epoch: int, steps: i
     for name in parts.keys() & state.keys():
         parts[name].load_state_dict(state.pop(name))
     log = open(Path(config.output, "metrics.jsonl"), "a", buffering=1)
-    log.truncate(min(state["log_bytes"], log.tell()))  # drops what is logged again
+    log.truncate(min(state["log_bytes"], log.tell()))  # a resumed run logs the rest anew
     held_out = [encode(row, tokenizer, config) for row in read_rows(config, held_out=True)]
     first, stop = state["step"], []
     stream = itertools.islice(batches(config), first, None)
