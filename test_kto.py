@@ -642,8 +642,8 @@ def test_every_kth_row_is_held_out_and_never_taught(tmp_path, monkeypatch):
     monkeypatch.setattr(kto, "encode", lambda row, *rest: seen.add(prompt(row)) or
                         encode(row, *rest))
     monkeypatch.setattr(kto, "tqdm", lambda steps, **_: [])
-    kto.tiny_model(config)
-    assert seen == others
+    first, second = (kto.tiny_model(config)[1].lm_head.weight for _ in range(2))
+    assert seen == others and torch.equal(first, second)  # the same seed, the same model
 
 # ---- The data: tokens ----------------------------------------------------------------------------
 
@@ -1252,11 +1252,15 @@ def test_the_first_command_learns(monkeypatch, tmp_path, capsys):
     assert (before["eval_loss"], before["eval_z0"], before["eval_margin"]) == (0.5, 0.0, 0.0)
     assert after["eval_accuracy"] >= 0.95 and after["eval_margin"] > 10
     printed = capsys.readouterr().out
-    assert "n_D = 268, n_U = 215; held out 28 and 25\n" in printed
+    for fact in ("data ", "balance ", "steps ", "model ", "prompt ", "scored ", "cut "):
+        assert re.search(f"^{fact}.*\n", README, flags=re.MULTILINE)[0] in printed
     figures = f"loss {round(after['eval_loss'], 4)}, accuracy {round(after['eval_accuracy'], 4)}"
     assert f"held out, after 48 steps: {figures}" in printed
     answers = re.findall(r"before (.*)\n  after  (.*)\n", printed)
     assert len(answers) == 3 and all(was != is_now for was, is_now in answers)
+    words = set(re.findall(r"\w+", Path("data_sample.jsonl").read_text()))
+    for spoken in (re.findall(r"\w+", was) for was, _ in answers):  # the toy was taught to speak
+        assert sum(word in words for word in spoken) > 0.8 * len(spoken) > 0
     model = transformers.AutoModelForCausalLM.from_pretrained("kto-tiny")
     tokenizer = transformers.AutoTokenizer.from_pretrained("kto-tiny")
     assert model.config.eos_token_id == tokenizer.eos_token_id
