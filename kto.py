@@ -3,448 +3,548 @@
 
 The paper: "KTO: Model Alignment as Prospect Theoretic Optimization", Ethayarajh et al., ICML 2024,
 arXiv 2402.01306; equations and sections are numbered as in its v5. The data are rows of a prompt x,
-a completion y and a label: y is desirable or not. One step; its numbers return in the comments:
+a completion y and a label: y is desirable or undesirable. One training step:
 
   1. Take m rows (x, y, label), in any mix of the two classes.
-  2. Pair each x with the completion y' of the next row; the last row meets the first.
-  3. Score: sum the log-probabilities of the completion's tokens, under policy and reference.
-  4. z0 = max(0, mean over the m mismatched pairs (x, y') of log pi_theta - log pi_ref)        §4.1
-  5. r = log pi_theta(y|x) - log pi_ref(y|x), and from it the loss of each row:                Eq. 8
-         v = lambda_d * sigmoid(beta * (r - z0))      if y is desirable
-         v = lambda_u * sigmoid(beta * (z0 - r))      if y is undesirable
-         loss = lambda_y - v
-  6. Step down the gradient of the mean loss, in which z0 is a constant.                      Eq. 10
+  2. Pair each x with y', the completion of the next row; the last row takes that of the first.
+  3. Score: sum the log-probabilities of a completion's tokens, under the policy and the reference.
+  4. Reference point: z0 = max(0, mean over the m pairs (x, y') of log pi_theta - log pi_ref)  §4.1
+  5. Loss: lambda_y - v for each row, with r = log pi_theta(y|x) - log pi_ref(y|x) and value  Eq. 8
+         v = lambda_D * sigmoid(beta * (r - z0))      if y is desirable
+         v = lambda_U * sigmoid(beta * (z0 - r))      if y is undesirable
+  6. Update: step down the gradient of the mean loss, in which z0 is a constant.              Eq. 10
 
   in the paper          here                what it is
   pi_theta, pi_ref      policy, reference   the model in training, its frozen starting point
-  log pi(y|x)           logps               one sum per row, in nats
+  log pi(y|x)           logps               log-probabilities of completions, in nats
   r_theta(x, y), z_0    r, z0               implicit reward of a row, reference point of a batch
   v(x, y), beta         v, beta             value of a row, and how soon it saturates
   lambda_D, lambda_U    lambda_d, lambda_u  weight of desirable and of undesirable rows
-  shapes: m rows a step, B rows a call, T tokens each, N scored in all, H hidden size, V vocabulary
+  shapes: m rows a step, B rows a call, T tokens a row, N to score, H hidden size, V vocabulary
 
   python kto.py                                                    offline, two CPU cores, a minute
   python kto.py --model NAME_OR_FOLDER --data FILE.jsonl --output FOLDER          your own feedback
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import hashlib
-import itertools
+import inspect
 import json
 import math
-import reprlib
+import os
 import signal
+import sys
 import time
 from array import array
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import torch
 import transformers
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg, HfArgumentParser
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-reprlib.aRepr.maxdict = 20  # keys that a message about a row names
-
-class InputError(ValueError):
-    """What the user gave cannot be used. The message says what was found, where, what to do."""
-
-@dataclasses.dataclass
-class Config:
-    """The settings of a run, each a flag. Where the paper names a default (§4.2), it is ours."""
-    model: str = HfArg(default="tiny", help="hub name or folder; 'tiny' is built and taught here")
-    data: str = HfArg(default="data_sample.jsonl", help="JSONL: {prompt, completion, label}")
-    output: str | None = HfArg(default=None, help="folder for the result; kto-MODEL if not given")
-    epochs: int = HfArg(default=3, help="passes over the data")
-    max_steps: int = HfArg(default=0, help="stop after this many steps; 0: after the last epoch")
-    batch_size: int = HfArg(default=32, help="m, the rows of one step (useful: 8 to 128)")
-    micro_batch_size: int = HfArg(default=8, help="rows in memory at once; for memory alone")
-    lr: float | None = HfArg(default=None, help="peak learning rate: 5e-6, for 'tiny' 5e-4")
-    beta: float = HfArg(default=0.1, help="larger saturates sooner: nearer the reference (Eq. 8)")
-    lambda_d: float = HfArg(default=1.0, help="lambda_D, weight of desirable rows (Eq. 9)")
-    lambda_u: float = HfArg(default=1.0, help="lambda_U, weight of undesirable rows (Eq. 9)")
-    max_prompt_length: int = HfArg(default=512, help="tokens kept, from the end of the prompt")
-    max_completion_length: int = HfArg(default=512, help="tokens kept, from its start")
-    holdout: int = HfArg(default=10, help="every holdout-th row is kept for evaluation; 0: none")
-    chat_template: bool = HfArg(default=True, help="whether plain strings become chat turns")
-    dtype: str = HfArg(default="auto", metadata={"choices": ["auto", "float32", "bfloat16"]},
-                       help="of the forward passes; auto: bfloat16 on CUDA; weights: float32")
-    seed: int = HfArg(default=0, help="of the order of the rows and of the tiny model")
-    save_every: int = HfArg(default=0, help="steps between checkpoints; 0: only if interrupted")
-    resume: bool = HfArg(default=False, help="go on from the checkpoint in --output")
-
-    def __post_init__(self):
-        if self.lr is None:
-            self.lr = 5e-4 if self.model == "tiny" else 5e-6
-        if self.dtype == "auto":
-            self.dtype = "bfloat16" if DEVICE.type == "cuda" else "float32"
-        self.output = self.output or f"kto-{Path(self.model).name}"
-        least = {"batch_size": 2, "micro_batch_size": 1, "epochs": 1}
-        least |= {"max_prompt_length": 1, "max_completion_length": 1}
-        for name, value in vars(self).items():
-            if not isinstance(value, str) and not least.get(name, 0) <= value < math.inf:  # nor nan
-                raise InputError(f"--{name} {value}: must be finite and >= {least.get(name, 0)}")
-
-# ---- The maths -----------------------------------------------------------------------------------
-def completion_logps(model, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
-    """log pi(y|x) of each row: (B,), float32, in nats, summed (not averaged) over y's tokens.
-
-    `model` is a causal LM of transformers; `prompts` and `completions` are B ragged lists of token
-    ids. What is scored is decided by position, never by token id: EOS counts, whatever it equals.
-    Raises ValueError if the lists differ in length or a prompt is empty: nothing predicts y then.
-    """
-    if not all(prompts):
-        raise ValueError("a prompt without tokens: the first completion token needs one before it")
-    # Rows are padded on the right, with any id and no mask: no causal model looks to the right.
-    rows = [torch.tensor([*x, *y]) for x, y in zip(prompts, completions, strict=True)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)  # (B, T)
-    is_target = torch.zeros_like(ids, dtype=torch.bool)  # (B, T)
-    for row, x, y in zip(is_target, prompts, completions):
-        row[len(x) : len(x) + len(y)] = True
-    predicts = is_target.roll(-1, dims=1)  # (B, T), since position t predicts token t + 1
-    # The logits are the largest tensors of a step: the head sees only the positions that count.
-    head = model.get_output_embeddings()
-    with head.register_forward_pre_hook(lambda _, args: (args[0][predicts][None],)):  # (1, N, H)
-        logits = model(input_ids=ids, use_cache=False).logits[0].float()  # (N, V)
-    nll = torch.nn.functional.cross_entropy(logits, ids[is_target], reduction="none")  # (N,)
-    return torch.stack([-row.sum() for row in nll.split([len(y) for y in completions])])
-
-def reference_point(policy_logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.Tensor:
-    """z0, an estimate of KL(pi_theta || pi_ref): a scalar (), >= 0, in nats, no gradient (§4.1).
-
-    Both arguments are (m,), the log-probs of the m *mismatched* pairs (x, y') of a step; m >= 2.
-
-    A row's reward r counts only in comparison with z0: had the policy made every completion more
-    likely alike, r and z0 would rise together and no value would be gained. Mismatched: y is in the
-    data because it is good or bad for x, which would bias the estimate; y' is not. Clamped: a KL is
-    never negative, its estimate from m pairs can be. Without gradient: z0 only marks where the loss
-    saturates, and the policy must not lower its loss by moving the mark. Over all m rows at once: a
-    micro-batch is a matter of memory and must not change the result.
-    """
-    return (policy_logps - reference_logps).mean().clamp(min=0).detach()
-
+# ==== Part one: KTO, complete, down to the training loop ==========================================
 def kto_loss(policy_logps, reference_logps, z0, desirable, beta=0.1, lambda_d=1.0, lambda_u=1.0):
     """The KTO loss of each row, lambda_y - v(x, y): a tensor (B,), not yet averaged (Eq. 8).
 
-    `policy_logps` and `reference_logps` are (B,), in nats, of the matched pairs (x, y); `z0` is the
-    scalar of `reference_point`; `desirable` is (B,) bool, in any mix (RuntimeError if not bool).
+    `policy_logps`, `reference_logps`: (B,), log pi(y|x) of each row, in nats. `z0`: the scalar of
+    `reference_point`. `desirable`: bool (B,), in any mix. Raises RuntimeError if it is not bool.
     """
     r = policy_logps - reference_logps  # (B,)
-    v_desirable = lambda_d * torch.sigmoid(beta * (r - z0))
-    v_undesirable = lambda_u * torch.sigmoid(beta * (z0 - r))
+    v_desirable = lambda_d * torch.sigmoid(beta * (r - z0))  # (B,)
+    v_undesirable = lambda_u * torch.sigmoid(beta * (z0 - r))  # (B,)
     return torch.where(desirable, lambda_d - v_desirable, lambda_u - v_undesirable)
 
-# ---- The data ------------------------------------------------------------------------------------
-def parse_row(line: bytes) -> dict:
-    """One line of JSONL -> {prompt: messages, completion: messages, label: bool, plain: bool}.
+def reference_point(policy_logps, reference_logps):
+    """z0, an estimate of KL(pi_theta || pi_ref): a scalar (), >= 0, in nats, no gradient (§4.1).
 
-    A text becomes one message; plain: both were texts. Raises ValueError or RecursionError.
+    Both arguments are (m,), in nats: log pi(y'|x) of the m *mismatched* pairs of a step, m >= 2.
+    What z0 is for: a reward r is good or bad only in comparison. If the policy made every
+    completion more likely, good or bad, r and z0 would rise together and no value would be gained.
+    - Mismatched pairs. A row's own y is in the data because it is a good or a bad answer to x; the
+      average over such pairs would be biased. So rows exchange their completions: of the rows
+      (x1, y1) and (x2, y2), z0 takes (x1, y2) and (x2, y1).
+    - The mean over all m rows of a step. How many rows fit in memory at once must not matter.
+    - The clamp. A KL divergence is never negative, but its estimate from m pairs can be.
+    - No gradient. z0 marks where the loss saturates; the policy must not gain by moving the mark.
+      (In this file the pairs have no gradient anyway; `detach` is for those who copy.)
     """
-    match json.loads(line.decode("utf-8-sig").strip()):
-        case {"prompt": str() | [_, *_] as x, "completion": str() | [{"role": "assistant"}] as y,
-              "label": 0 | 1 as label}:  # true and false equal 1 and 0
-            plain = isinstance(x, str) and isinstance(y, str)
-            x = [{"role": "user", "content": x}] if isinstance(x, str) else x
-            y = [{"role": "assistant", "content": y}] if isinstance(y, str) else y
-        case {"chosen": _} | {"rejected": _}:
-            raise ValueError("a pair; write two rows, chosen with label true, rejected with false")
-        case other:
-            raise ValueError(f"found {reprlib.repr(other)}")
-    for message in x + y:
-        match message:
-            case {"role": str(), "content": str(text)} if text.strip():
-                text.encode()  # half a surrogate pair raises here, not in the tokenizer
-            case _:
-                raise ValueError(f"no role or no text in {reprlib.repr(message)}")
-    return {"prompt": x, "completion": y, "label": bool(label), "plain": plain}
+    return (policy_logps - reference_logps).mean().clamp(min=0).detach()
 
-def read_rows(config: Config, held_out: bool | None = None):
-    """Stream the rows of --data, with "where" (FILE:LINE) and "held_out" (each `holdout`-th is).
+def completion_logps(model, prompts, completions):
+    """log pi(y|x) of each row: (B,), float32, in nats, summed (not averaged) over y's tokens.
 
-    With `held_out`, only the rows that are so, or are not. Raises InputError at an unusable row.
+    `model` is a causal LM of transformers; `prompts` and `completions` are B lists of token ids, of
+    any lengths. What is scored is decided by position, never by token id: an end token counts, even
+    if padding has its id. Raises ValueError if a prompt is empty or the two lists differ in length.
     """
-    with open(config.data, "rb") as file:  # bytes: lines end at \n alone, as in an editor
-        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        for count, (number, line) in enumerate(lines, 1):
-            where = f"{config.data}:{number}"
-            try:
-                row = parse_row(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f'{where}: {error}; a row is one line of JSON, {{"prompt": text, '
-                                 '"completion": text, "label": true or false}') from None
-            row |= {"where": where, "held_out": config.holdout > 0 and count % config.holdout == 0}
-            if held_out is None or held_out == row["held_out"]:
-                yield row
+    if not all(prompts):
+        raise ValueError("a prompt without tokens: the first completion token needs one before it")
 
-def batches(config: Config):
-    """Step 1: the batches of all epochs, streamed, each epoch in an order of its own."""
-    stream = datasets.IterableDataset.from_generator(lambda: read_rows(config, held_out=False))
-    stream = stream.shuffle(seed=config.seed, buffer_size=10_000)  # rows; mixes only that far
-    for epoch in range(config.epochs):
-        stream.set_epoch(epoch)  # which reseeds the shuffle
-        rows = iter(stream)
-        while len(batch := list(itertools.islice(rows, config.batch_size))) > 1:
-            yield batch
+    # A row is x, y and padding; no mask is needed, since a causal model never looks to the right.
+    rows = [torch.tensor([*x, *y]) for x, y in zip(prompts, completions, strict=True)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)  # (B, T)
 
-def encode(row: dict, tokenizer, config: Config) -> dict:
-    """A row of text -> {prompt: ids, completion: ids, label, cut: [prompt?, completion?]}.
+    # The output at position t predicts the token at t + 1. For x = (a, b) and y = (c, d):
+    #     outputs at  a   b   c
+    #     targets     b   c   d        the same row, one token further on
+    #     is_scored       x   x        those that belong to y
+    targets = ids[:, 1:]  # (B, T - 1)
+    is_scored = torch.zeros_like(targets, dtype=torch.bool)  # (B, T - 1)
+    for mask, x, y in zip(is_scored, prompts, completions):
+        mask[len(x) - 1 :][: len(y)] = True
 
-    The prompt is what inference would feed. The completion is what the model should then write: no
-    special tokens of its own but one end token, which is scored. Of a long prompt the end is kept,
-    of a long completion the start, and cutting takes the end token too: it did not end there.
-    Plain strings become a user and an assistant turn if the tokenizer has a chat template, unless
-    --chat_template is false. Raises InputError if the template is missing or cannot take the row.
-    """
-    x, y = row["prompt"], row["completion"]
-    if row["plain"] and not (config.chat_template and tokenizer.chat_template):
-        x = tokenizer(x[0]["content"]).input_ids
-        y = tokenizer(y[0]["content"], add_special_tokens=False).input_ids
-        ended = y[-1:] == [tokenizer.eos_token_id]
-    else:
-        try:
-            start = tokenizer.apply_chat_template(x, tokenize=False, add_generation_prompt=True)
-            whole = tokenizer.apply_chat_template(x + y, tokenize=False)
-        except Exception as error:  # a template may raise anything
-            raise InputError(f"{row['where']}: no chat template for this: {error}") from error
-        turn = whole[len(start) :].rstrip() if whole.startswith(start) else ""  # no last newline
-        x, y = tokenizer([start, turn], add_special_tokens=False).input_ids
-        ended = not tokenizer.decode(y[-1:], skip_special_tokens=True)  # special: it reads as ""
-    if not (x and y):
-        raise InputError(f"{row['where']}: no tokens, or the template changes an answered prompt")
-    y = y if ended else [*y, tokenizer.eos_token_id]
-    return {
-        "prompt": array("i", x[-config.max_prompt_length :]),  # an int of 4 bytes, not of 36
-        "completion": array("i", y[: config.max_completion_length]),
-        "label": row["label"],
-        "cut": [len(x) > config.max_prompt_length, len(y) > config.max_completion_length],
-    }
+    # Logits are the largest tensor of a step, V numbers a position. So the last layer, the head, is
+    # given only the hidden states that predict a token of y. Without this hook one would write
+    # `model(ids).logits[:, :-1][is_scored]`: the same numbers, in twice the time and memory.
+    def keep_scored(head, inputs):
+        return inputs[0][:, :-1][is_scored]  # (B, T, H) -> (N, H)
 
-# ---- The models ----------------------------------------------------------------------------------
-def tiny_model(config: Config):
-    """A toy for the first run: a small Llama, taught to imitate *all* completions, good and bad."""
-    rows = list(itertools.islice(read_rows(config, held_out=False), 2000))
-    texts = (turn["content"] for row in rows for turn in row["prompt"] + row["completion"])
-    tokenizer = transformers.GPT2Tokenizer(eos_token="<|end|>").train_new_from_iterator(
-        texts, 2048, show_progress=False, new_special_tokens=["<|user|>", "<|assistant|>"])
-    tokenizer.chat_template = (
-        "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-    torch.manual_seed(config.seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=2,
-        num_attention_heads=6, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id))
-    optimizer = torch.optim.AdamW(model.to(DEVICE).parameters())
-    rows = [encode(row, tokenizer, config) for row in rows]
-    for step in tqdm(range(240), desc="teaching the tiny model", disable=None, leave=False):
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 240)
-        batch = [rows[i] for i in torch.randint(len(rows), (16,))]
-        x, y = [row["prompt"] for row in batch], [row["completion"] for row in batch]
-        (-completion_logps(model, x, y).sum() / sum(map(len, y))).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return tokenizer, model
+    with model.get_output_embeddings().register_forward_pre_hook(keep_scored):
+        logits = model(input_ids=ids, use_cache=False).logits.float()  # (N, V)
 
-def load_model(config: Config):
-    """(tokenizer, model) of --model, weights in float32. Raises InputError if it cannot load."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-        model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {config.model} (offline? give a folder): {error}") from None
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"--model {config.model}: its tokenizer has no EOS token; give it one")
-    return tokenizer, model.to(DEVICE)
+    # Put each token's log-probability back in its place, 0 elsewhere, and sum over the row.
+    nll = torch.nn.functional.cross_entropy(logits, targets[is_scored], reduction="none")  # (N,)
+    token_logps = torch.zeros(is_scored.shape, device=ids.device)  # (B, T - 1)
+    token_logps[is_scored] = -nll
+    return token_logps.sum(dim=1)  # (B,)
 
-# ---- The training step ---------------------------------------------------------------------------
-def score(model, x, y, config: Config, loss=None) -> torch.Tensor:
-    """completion_logps of m rows, micro_batch_size at a time: (m,), without gradient.
+def micro_batches(prompts, completions, size):
+    """Yield (index, prompts, completions) of at most `size` rows at a time, to fit in memory."""
+    # Rows of like length go together: little is padding. The longest first: if they fit, all do.
+    lengths = [len(x) + len(y) for x, y in zip(prompts, completions)]
+    longest_first = torch.tensor(lengths).argsort(descending=True)
+    for index in longest_first.split(size):
+        yield index, [prompts[i] for i in index], [completions[i] for i in index]
 
-    With `loss`, a function of (logps, rows), its gradients meanwhile add up in the model. Rows of
-    like length go together, so that little is padding, and the longest first: if they fit, all do.
-    """
-    logps = torch.empty(len(x), device=DEVICE)
-    order = torch.tensor([len(a) + len(b) for a, b in zip(x, y)]).argsort(descending=True)
-    for rows in order.split(config.micro_batch_size):
-        half = torch.autocast(DEVICE.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-        with torch.set_grad_enabled(loss is not None), half:
-            part = completion_logps(model, [x[i] for i in rows], [y[i] for i in rows])
-        if loss:
-            loss(part, rows).backward()
-        logps[rows] = part.detach()
+@torch.no_grad()
+def score(model, prompts, completions, micro_batch_size):
+    """completion_logps of m rows, micro_batch_size at a time: (m,), in nats, without gradient."""
+    logps = torch.zeros(len(prompts), device=model.device)  # (m,)
+    for index, x, y in micro_batches(prompts, completions, micro_batch_size):
+        logps[index] = completion_logps(model, x, y)
     return logps
 
-def kto_step(policy, reference, batch: list[dict], config: Config, train: bool = True) -> dict:
-    """Steps 2 to 5 on m encoded rows: the gradient is left in the policy if `train`. Returns:
+def kto_step(policy, reference, batch, micro_batch_size=8, **weights):
+    """Steps 2 to 5: adds the gradient of the mean loss to the policy's; returns what is logged.
 
-    loss: mean of the rows; accuracy: share of rows where (r > z0) equals the label; kl, z0: mean of
-    the mismatched pairs, raw and clamped; reward_*, margin: mean r of each class, their difference,
-    None where a class has no rows. All but the first two are in nats.
+    `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m bools}, m >= 2;
+    `weights` are beta, lambda_d, lambda_u; both models are in eval mode. Under `torch.no_grad()` it
+    only evaluates. The micro-batch is a matter of memory: it changes no number.
     """
-    x, y = [row["prompt"] for row in batch], [row["completion"] for row in batch]
-    desirable = torch.tensor([row["label"] for row in batch], device=DEVICE)
-    y_next = y[1:] + y[:1]  # 2
-    policy_kl, reference_kl = (score(pi, x, y_next, config) for pi in (policy, reference))  # 3
-    reference_logps = score(reference, x, y, config)
-    z0 = reference_point(policy_kl, reference_kl)  # 4
-    weights = (config.beta, config.lambda_d, config.lambda_u)
+    prompts, completions = batch["prompt"], batch["completion"]
+    desirable = torch.tensor(batch["label"], device=policy.device)  # (m,)
 
-    def loss(logps, rows):  # 5, some rows' part of the mean over m: their gradients add up
-        return kto_loss(logps, reference_logps[rows], z0, desirable[rows], *weights).sum() / len(x)
+    # 2. Pair: each prompt with the completion of the next row.
+    next_completions = completions[1:] + completions[:1]
 
-    policy_logps = score(policy, x, y, config, loss if train else None)  # 3, with its gradient
-    r = policy_logps - reference_logps
-    d, u = (r[rows].mean().item() if rows.any() else None for rows in (desirable, ~desirable))
-    return {
-        "loss": loss(policy_logps, slice(None)).item(),
-        "accuracy": ((r > z0) == desirable).float().mean().item(),
-        "z0": z0.item(),
-        "kl": (policy_kl - reference_kl).mean().item(),
-        "reward_desirable": d,
-        "reward_undesirable": u,
-        "margin": None if d is None or u is None else d - u,
-    }
+    # 3. Score: three of the four sets of log-probabilities need no gradient.
+    policy_next_logps = score(policy, prompts, next_completions, micro_batch_size)  # (m,)
+    reference_next_logps = score(reference, prompts, next_completions, micro_batch_size)  # (m,)
+    reference_logps = score(reference, prompts, completions, micro_batch_size)  # (m,)
 
-# ---- The run -------------------------------------------------------------------------------------
-def check_data(config: Config) -> tuple[int, int]:
-    """Read every row, before anything slow: (steps an epoch, steps in all). Raises InputError."""
-    n = dict.fromkeys(itertools.product((True, False), repeat=2), 0)  # by held_out and label
-    for row in tqdm(read_rows(config), "checking", unit=" rows", disable=None):
-        n[row["held_out"], row["label"]] += 1
-    held_d, held_u, n_d, n_u = n.values()
-    if n_d + n_u < 2:
-        raise InputError(f"{config.data}: {n_d + n_u} rows to train on; a step needs two")
-    print(f"data     {config.data}: n_D = {n_d}, n_U = {n_u}; held out {held_d} and {held_u}")
-    d, u = config.lambda_d * n_d, config.lambda_u * n_u
-    if d and u:
-        print(f"balance  lambda_D n_D / (lambda_U n_U) = {d / u:.3g}; Eq. 9 wants 1 to 1.5" +
-              f": --lambda_d {u / n_d:.4g} to {1.5 * u / n_d:.4g}" * (not 0.995 < d / u < 1.505))
-    else:
-        print("WARNING  only one class counts: imitated if desirable, unlearned if undesirable")
-    full, left = divmod(n_d + n_u, config.batch_size)  # a single row left over has no y' to meet
-    per_epoch = full + (left > 1)
-    steps = min(config.epochs * per_epoch, config.max_steps or math.inf)
-    print(f"steps    {steps}, {per_epoch} an epoch" + ", one row left over in each" * (left == 1))
-    return per_epoch, steps
+    # 4. Reference point: from the m mismatched pairs.
+    z0 = reference_point(policy_next_logps, reference_next_logps)  # ()
 
-def resume_state(config: Config) -> dict:
-    """Where the run starts: step, log size, settings; on resume also all that `train` saved.
+    # 3 and 5. Score with gradient, and loss. Each micro-batch adds its share to the gradient.
+    policy_logps = torch.zeros_like(reference_logps)  # (m,)
+    losses = torch.zeros_like(reference_logps)  # (m,)
+    for index, x, y in micro_batches(prompts, completions, micro_batch_size):
+        logps = completion_logps(policy, x, y)  # (B,)
+        loss = kto_loss(logps, reference_logps[index], z0, desirable[index], **weights)  # (B,)
+        if torch.is_grad_enabled():
+            (loss.sum() / len(prompts)).backward()
+        policy_logps[index] = logps.detach()
+        losses[index] = loss.detach()
 
-    Raises InputError if --output holds a model already, or the checkpoint is of another run.
+    # What is logged, in nats but for loss and accuracy. A class without rows has no mean: None.
+    r = policy_logps - reference_logps  # (m,)
+    kl = (policy_next_logps - reference_next_logps).mean()  # (), z0 before the clamp
+    d = r[desirable].mean().item() if desirable.any() else None
+    u = None if desirable.all() else r[~desirable].mean().item()
+    margin = None if d is None or u is None else d - u
+    return {"loss": losses.mean().item(), "z0": z0.item(), "kl": kl.item(),
+            "accuracy": ((r > z0) == desirable).float().mean().item(),
+            "reward_desirable": d, "reward_undesirable": u, "margin": margin}
+
+def train(policy, reference, batches, optimizer, schedule, first_step=0, **settings):
+    """The training loop: a step for each of `batches`, of which it yields the metrics.
+
+    `batches`: any iterable of what `kto_step` takes; `settings`: its keyword arguments. Between
+    steps a caller may save, or stop. Raises ArithmeticError before a gradient that is not finite.
     """
-    checkpoint, model = Path(config.output, "checkpoint.pt"), Path(config.output, "config.json")
-    digest = hashlib.file_digest(open(config.data, "rb"), "sha256").hexdigest()
-    settings = {**vars(config), "sha256 of the data": digest}
-    for name in ("data", "output", "micro_batch_size", "save_every", "resume"):
-        del settings[name]  # may change: the result is the same, up to rounding
-    if config.resume:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if changed := dict(state["settings"].items() - settings.items()):
-            raise InputError(f"--resume: {checkpoint} is of a run with {changed}; use the same")
-        return state
-    toy = (config.model, config.output) == ("tiny", "kto-tiny")
-    if not toy and (checkpoint.exists() or model.exists()):
-        raise InputError(f"{config.output} is in use; name another or, if cut short, --resume true")
-    checkpoint.unlink(missing_ok=True)  # that of an earlier toy
-    return {"step": 0, "log_bytes": 0, "settings": settings}
+    for step, batch in enumerate(batches, start=first_step):  # 1. Take m rows.
+        start = time.perf_counter()
+        logged = kto_step(policy, reference, batch, **settings)  # 2 to 5.
 
-def train(policy, reference, tokenizer, config: Config, per_epoch: int, steps: int, state: dict):
-    """The loop: steps, an evaluation before each epoch and at the end, the log, checkpoints."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
-    for name in parts.keys() & state.keys():
-        parts[name].load_state_dict(state.pop(name))
-    log = open(Path(config.output, "metrics.jsonl"), "a", buffering=1)
-    log.truncate(min(state["log_bytes"], log.tell()))  # a resumed run logs the rest anew
-    held_out = [encode(row, tokenizer, config) for row in read_rows(config, held_out=True)]
-    first, stop = state["step"], []
-    stream = itertools.islice(batches(config), first, None)
-    for number in (signal.SIGINT, signal.SIGTERM):  # heard now, obeyed after the step in hand
-        signal.signal(number, lambda number, _: stop.append(number))
-    bar = tqdm(itertools.count(first), unit="step", total=steps, initial=first, disable=None)
-    for step in bar:
-        if len(held_out) > 1 and not stop and (step % per_epoch == 0 or step == steps):
-            logged = kto_step(policy, reference, held_out, config, train=False)
-            print(json.dumps({"step": step} | {f"eval_{k}": logged[k] for k in logged}), file=log)
-            figures = (f"{name} {value and round(value, 4)}" for name, value in logged.items())
-            tqdm.write(f"held out, after {step} steps: {', '.join(figures)}")
-        if stop or (config.save_every and step % config.save_every == 0):
-            partial = Path(config.output, "checkpoint.partial")
-            torch.save(state | {name: part.state_dict() for name, part in parts.items()}, partial)
-            partial.replace(partial.with_suffix(".pt"))  # so that a checkpoint is whole or absent
-        if stop:
-            print(f"stopped after {step} of {steps} steps; to go on, add --resume true")
-            raise SystemExit(128 + stop[0])
-        if step == steps:
-            break
-        start, lr = time.perf_counter(), schedule.get_last_lr()[0]
-        batch = [encode(row, tokenizer, config) for row in next(stream)]
-        logged = kto_step(policy, reference, batch, config)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0).item()  # Table 1
-        if not math.isfinite(logged["loss"] + norm):
-            raise SystemExit(f"step {step}: loss {logged['loss']}, grad_norm {norm}; lower --lr")
-        optimizer.step()  # 6
+        # 6. Update, with the gradient clipped to a norm of 10 (Table 1).
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=10.0).item()
+        if not math.isfinite(norm):
+            raise ArithmeticError(f"step {step}: the gradient's norm is {norm}; lower --lr")
+        logged |= {"grad_norm": norm, "lr": schedule.get_last_lr()[0]}
+        optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        bar.set_postfix({name: logged[name] for name in ("loss", "z0", "margin")})
-        logged |= {"grad_norm": norm, "lr": lr, "seconds": time.perf_counter() - start}
-        print(json.dumps({"step": step, **logged}), file=log)
-        state |= {"step": step + 1, "log_bytes": log.tell()}
+        yield {"step": step, **logged, "seconds": time.perf_counter() - start}
 
-def chart(steps: list[dict], width: int = 70) -> None:
-    """Time goes down, r to the right: D and U, the mean r of the classes, and z, which is z0."""
-    marks = {"z0": "z", "reward_undesirable": "U", "reward_desirable": "D"}
-    values = [step[key] for step in steps for key in marks if step[key] is not None]
-    low, high = min(values), max(values)
-    print(f"\n  step  r from {low:.1f} to {high:.1f} nats: D desirable, U undesirable, z = z0")
-    for step in steps[:: math.ceil(len(steps) / 16)]:
-        line = [" "] * width
-        for key in marks:
-            if step[key] is not None:
-                line[round((step[key] - low) / (high - low or 1) * (width - 1))] = marks[key]
-        print(f"{step['step']:6} |{''.join(line)}|")
+# ==== Part two: what a run needs besides. You may stop here: the method is complete. ==============
+class InputError(ValueError):
+    """What the user gave cannot be used. The message says what was found, where, what to do."""
 
-def main() -> None:
-    config = Config(**vars(HfArgumentParser(Config, usage=argparse.SUPPRESS).parse_args()))
-    per_epoch, steps = check_data(config)
-    state = resume_state(config)
-    tokenizer, reference = (tiny_model if config.model == "tiny" else load_model)(config)
-    reference.eval().requires_grad_(False)  # eval: no dropout, nor in the copy
-    policy = copy.deepcopy(reference).requires_grad_(True)
-    example = encode(next(read_rows(config)), tokenizer, config)
-    print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}, {DEVICE}")
-    print("prompt  ", tokenizer.decode(example["prompt"]))
-    print("scored  ", tokenizer.decode(example["completion"]))
-    rows = tqdm(read_rows(config), "encoding", unit=" rows", disable=None)  # none is refused later
-    cut = sum(torch.tensor(encode(row, tokenizer, config)["cut"]) for row in rows)
-    print(f"cut      {cut[0]} prompts and {cut[1]} completions, longer than their budget")
-    tokenizer.save_pretrained(config.output)  # makes the folder, in which checkpoints stand too
-    train(policy, reference, tokenizer, config, per_epoch, steps, state)
+@contextlib.contextmanager
+def blame(what):
+    """Turns whatever is raised within, by a library too, into an InputError about `what`."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{what}: {error}") from error
+
+# ---- Settings ------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Config:
+    """The settings of a run, each a flag. Where the paper names a default (§4.2), it is ours."""
+    model: str = "tiny"  # hub name or folder; "tiny" is built and taught here
+    data: str = str(Path(__file__).with_name("data_sample.jsonl"))  # JSONL, the sample by default
+    output: str | None = None  # folder for the result; kto-MODEL if not given
+    epochs: int = 3  # passes over the data
+    batch_size: int = 32  # m, the rows of one step (useful: 8 to 128)
+    micro_batch_size: int = 8  # rows in memory at once; changes no result
+    lr: float | None = None  # peak learning rate; if not given 5e-6, for "tiny" 5e-4
+    beta: float = 0.1  # larger saturates sooner: nearer the reference (Eq. 8)
+    lambda_d: float = 1.0  # lambda_D, weight of desirable rows (Eq. 9)
+    lambda_u: float = 1.0  # lambda_U, weight of undesirable rows (Eq. 9)
+    max_prompt_length: int = 512  # tokens kept, from the end of the prompt
+    max_completion_length: int = 512  # tokens kept, from the start of the completion
+    holdout: int = 10  # every holdout-th row is kept for evaluation; 0: none
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there is one, else cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward passes
+    seed: int = 0  # of the order of the rows and of the tiny model
+    save_every: int = 0  # steps between checkpoints; 0: only if interrupted
+    resume: bool = False  # go on from the checkpoint in --output
+
+def read_flags():
+    """The Config of the command line, completed. --help shows the class above as it stands."""
+    parser = transformers.HfArgumentParser(Config, description=inspect.getsource(Config),
+                                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    config = Config(**vars(parser.parse_args()))
+    least = {"batch_size": 2, "micro_batch_size": 1, "epochs": 1, "max_prompt_length": 1,
+             "max_completion_length": 1}
+    for name, value in vars(config).items():
+        if isinstance(value, (int, float)) and not least.get(name, 0) <= value < math.inf:
+            raise InputError(f"--{name} {value}: must be finite and {least.get(name, 0)} or more")
+    config.output = config.output or f"kto-{Path(config.model).name}"
+    if config.lr is None:
+        config.lr = 5e-4 if config.model == "tiny" else 5e-6
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.dtype == "auto":  # older cards emulate bfloat16, more slowly than they use float32
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        config.dtype = "bfloat16" if native and "cuda" in config.device else "float32"
+    return config
+
+# ---- The data: line of a file -> row of text -> row of token ids -> batch ------------------------
+A_ROW = 'a row is {"prompt": text, "completion": text, "label": true or false} on one line'
+
+def parse_row(line):
+    """One line of JSONL, as bytes -> {"prompt", "completion", "label": bool}, or ValueError."""
+    text = line.decode("utf-8-sig").strip()
+    if not text.startswith("{"):
+        raise ValueError(f"not a JSON object: {text!r:.80}; {A_ROW}")
+    row = json.loads(text)
+    for key in ("prompt", "completion", "label"):
+        if key not in row:
+            raise ValueError(f"no {key} among its keys {list(row)!r:.200}; {A_ROW}")
+    if row["label"] not in (0, 1):  # false and true are equal to 0 and 1
+        raise ValueError(f"label is {row['label']!r:.80}, not true or false; {A_ROW}")
+    return row | {"label": bool(row["label"])}
+
+def as_messages(value, role):
+    """A text as a chat of one message, a chat as it is. Raises ValueError at anything else."""
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"neither a text nor a list of messages: {value!r:.80}")
+    for message in value:
+        for key in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                raise ValueError(f"the {key} of a message must be a text: {message!r:.80}")
+        if not message["content"].strip():
+            raise ValueError(f"a message without text: {message!r:.80}")
+        message["content"].encode()  # raises at half a surrogate pair, which no tokenizer takes
+    return value
+
+def encode(row, tokenizer):
+    """(prompt, completion) of a row, as token ids. Raises ValueError if the row cannot be used.
+
+    They are what the model is given at inference, and what it should then write, with an end token.
+    Texts become messages if the tokenizer has a chat template.
+    """
+    prompt, completion = row["prompt"], row["completion"]
+    messages, answer = as_messages(prompt, "user"), as_messages(completion, "assistant")
+    if len(answer) != 1 or answer[0]["role"] != "assistant":
+        raise ValueError("completion must be a text or a list of one message of the assistant")
+
+    is_chat = tokenizer.chat_template or messages is prompt or answer is completion
+    if is_chat:
+        prompt, completion = render(messages, answer, tokenizer)
+    x = tokenizer(prompt, add_special_tokens=not is_chat).input_ids
+    y = tokenizer(completion, add_special_tokens=False).input_ids
+    if not x or not y:
+        raise ValueError("the prompt or the completion becomes no token at all")
+
+    # Most templates close an answer with a special token, which decodes to nothing here.
+    is_closed = is_chat and tokenizer.decode(y[-1], skip_special_tokens=True) == ""
+    if not is_closed and y[-1] != tokenizer.eos_token_id:
+        y.append(tokenizer.eos_token_id)
+    return x, y
+
+def render(messages, answer, tokenizer):
+    """(what the model is given, what it should write): two texts, by the chat template.
+
+    The first is the chat that asks for an answer, as far as the answered chat agrees, the second is
+    the rest of that. They may disagree only behind the last message, where reasoning models open a
+    thought when asked, which the answered chat closes or leaves out.
+    """
+    with blame("the chat template cannot render it"):
+        unasked = tokenizer.apply_chat_template(messages, tokenize=False)
+        asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        answered = tokenizer.apply_chat_template(messages + answer, tokenize=False)
+    history = os.path.commonprefix([unasked, asked])
+    given = os.path.commonprefix([asked, answered])
+    if len(given) < len(history):
+        changed, into = asked[len(given) :], answered[len(given) :]
+        raise ValueError(f"the chat template turns {changed!r:.80} into {into!r:.80} when answered")
+    return given, answered[len(given) :].rstrip()  # no newline behind the end token
+
+def read_rows(config, tokenizer):
+    """Stream the rows of --data: {"prompt": ids, "completion": ids, "label": bool, "is_held_out"}.
+    Of a long prompt the end is kept, of a long completion the start. InputError at a bad row."""
+    count = 0
+    with open(config.data, "rb") as file:  # as bytes, a line ends at \n alone, as in an editor
+        for number, line in enumerate(file, start=1):
+            if line.isspace():
+                continue
+            with blame(f"{config.data}:{number}"):
+                row = parse_row(line)
+                x, y = encode(row, tokenizer)
+            count += 1
+            yield {"prompt": array("i", x[-config.max_prompt_length :]),  # 4 bytes an id, a list 36
+                   "completion": array("i", y[: config.max_completion_length]),
+                   "label": row["label"],
+                   "is_held_out": config.holdout > 0 and count % config.holdout == 0}
+
+def training_batches(config, tokenizer):
+    """Stream the full batches of all epochs, each epoch in an order of its own."""
+    rows = datasets.IterableDataset.from_generator(
+        read_rows, gen_kwargs={"config": config, "tokenizer": tokenizer})
+    rows = rows.filter(lambda row: not row["is_held_out"])
+    rows = rows.shuffle(seed=config.seed, buffer_size=10_000)  # mixes rows only that far
+    batches = rows.batch(config.batch_size, drop_last_batch=True)
+    for epoch in range(config.epochs):
+        batches.set_epoch(epoch)
+        yield from batches
+
+def survey(config, tokenizer):
+    """Read every row once and report, so that a bad one is refused before anything slow.
+    Returns the held-out rows as one batch, the steps of an epoch, the longest x and y."""
+    n = {True: 0, False: 0}  # rows to train on, by label
+    held_out = {"prompt": [], "completion": [], "label": []}
+    longest = {"prompt": [], "completion": []}
+    for row in tqdm(read_rows(config, tokenizer), "reading", disable=None):
+        for key in longest:
+            longest[key] = max(longest[key], row[key], key=len)
+        if row["is_held_out"]:
+            for key in held_out:
+                held_out[key].append(row[key])
+        else:
+            n[row["label"]] += 1
+
+    steps, left_over = divmod(n[True] + n[False], config.batch_size)
+    if steps == 0:
+        raise InputError(f"{config.data}: {left_over} rows do not fill a batch; lower --batch_size")
+    print(f"data     n_D = {n[True]}, n_U = {n[False]}; held out {len(held_out['label'])}")
+    print(f"steps    {steps} an epoch; {left_over} rows are left over in each")
+    print(f"longest  {len(longest['prompt'])} and {len(longest['completion'])} tokens, x and y")
+    print("prompt  ", tokenizer.decode(row["prompt"]))  # of the last row, as an example
+    print("scored  ", tokenizer.decode(row["completion"]))
+    d, u = config.lambda_d * n[True], config.lambda_u * n[False]
+    if d * u == 0:
+        print("WARNING  only one class counts: imitated if desirable, unlearned if undesirable")
+    else:
+        print(f"balance  lambda_D n_D / (lambda_U n_U) = {d / u:.3g}; Eq. 9 wants 1 to 1.5, that "
+              f"is --lambda_d {u / n[True]:.4g} to {1.5 * u / n[True]:.4g}")
+    return held_out, steps, longest
+
+# ---- The models ----------------------------------------------------------------------------------
+def tiny_model(config, tokenizer):
+    """A toy: a small Llama, taught the undesirable rows and a fourth of the others. So most of the
+    desirable ones are not its own, and z0 comes to life when it learns to like them."""
+    torch.manual_seed(config.seed)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=1,
+        num_attention_heads=4, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id))
+    rows = [row for row in read_rows(config, tokenizer) if not row["is_held_out"]]
+    taught = [row for row in rows if not row["label"]] + [row for row in rows if row["label"]][::4]
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(500):
+        optimizer.param_groups[0]["lr"] = 2.5e-3 * (1 - step / 500)
+        batch = [taught[i] for i in torch.randint(len(taught), (8,))]
+        x, y = [row["prompt"] for row in batch], [row["completion"] for row in batch]
+        (-completion_logps(model, x, y).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+def load_tokenizer(config):
+    """The tokenizer of --model, which must have an end token; InputError if not."""
+    if config.model == "tiny":  # a small one, trained on the lines of the data as they stand
+        lines = Path(config.data).read_text("utf-8", "replace").splitlines()
+        empty = transformers.GPT2Tokenizer(eos_token="<|end|>")
+        return empty.train_new_from_iterator(lines, vocab_size=2048, show_progress=False)
+    with blame(f"--model {config.model} (offline? give a folder)"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+        if tokenizer.eos_token_id is None:
+            raise InputError("its tokenizer has no EOS token; give it one")
+        return tokenizer
+
+def load_model(config, tokenizer, longest):
+    """The causal language model --model, in float32. InputError if it is not made for the rows."""
+    if config.model == "tiny":
+        return tiny_model(config, tokenizer).to(config.device)
+    with blame(f"--model {config.model} on --device {config.device}"), torch.no_grad():
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            config.model, dtype=torch.float32, output_loading_info=True)
+        if info["missing_keys"]:
+            raise InputError(f"it lacks the weights {sorted(info['missing_keys'])}")
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise InputError(f"its tokenizer has {len(tokenizer)} ids, more than it embeds")
+        limit = getattr(model.config, "max_position_embeddings", math.inf)
+        x, y = longest["prompt"], longest["completion"]
+        if len(x) + len(y) > limit:
+            raise InputError(f"takes {limit} tokens, not {len(x)} + {len(y)}: --max_prompt_length")
+
+        # In a causal model, the first token of y cannot depend on the tokens to the right of it.
+        alone = completion_logps(model.to(config.device), [x], [y[:1]])
+        with_more = completion_logps(model, [x, x], [y[:1], y])[:1]
+        if not torch.allclose(alone, with_more, atol=1e-3):
+            raise InputError("it is not causal: its output depends on tokens to the right")
+        return model
+
+# ---- The run -------------------------------------------------------------------------------------
+def checkpoint_path(config):
+    """Named after the settings and data that decide the result: no other run can go on from it."""
+    decisive = dict(vars(config))
+    for name in ("data", "output", "device", "micro_batch_size", "save_every", "resume"):
+        del decisive[name]  # may change: the result is the same, up to rounding
+    with open(config.data, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps(decisive).encode())
+    return Path(config.output, f"checkpoint-{digest.hexdigest()[:8]}.pt")
+
+def save_checkpoint(path, log, parts):
+    """Write the log and the states of `parts`; the file gets its name when it is complete."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    torch.save(state | {"log": log}, path.with_suffix(".partial"))
+    path.with_suffix(".partial").replace(path)
+
+def load_checkpoint(path, parts):
+    """Restore the states of `parts`, and return the log. Raises InputError if that cannot be."""
+    with blame("--resume needs a checkpoint of a run with the same settings and data"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["log"]
+
+def run(policy, reference, batches, held_out, per_epoch, config):
+    """Train, with all that watches over it: log, chart, evaluation, checkpoints, signals."""
+    steps = config.epochs * per_epoch
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0)
+    schedule = transformers.get_scheduler(
+        "cosine_warmup_with_min_lr", optimizer, steps // 10, steps, {"min_lr_rate": 0.1})
+    parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
+    checkpoint = checkpoint_path(config)
+    log = load_checkpoint(checkpoint, parts) if config.resume else []
+
+    # The log file starts as the checkpoint knows it: what a killed run wrote later comes again.
+    file = open(Path(config.output, "metrics.jsonl"), "w", buffering=1)
+    file.writelines(json.dumps(entry) + "\n" for entry in log)
+
+    # A signal is heard at once, and obeyed after the step in hand.
+    heard = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: heard.append(number))
+
+    names = ("beta", "lambda_d", "lambda_u", "micro_batch_size")
+    knobs = {name: getattr(config, name) for name in names}
+    for _ in log:  # skip the batches of the steps that are done
+        next(batches)
+    entries = train(policy, reference, batches, optimizer, schedule, len(log), **knobs)
+    print(f"\n  step  mean r of D and U; z: z0; a dot is {0.1 / config.beta:g} nats, the middle 0")
+    for entry in tqdm(entries, initial=len(log), total=steps, disable=None):
+        if len(log) % math.ceil(steps / 16) == 0:
+            tqdm.write(chart(entry, config.beta))
+        log.append(entry)
+        if len(log) % per_epoch == 0 and len(held_out["label"]) > 1:
+            with torch.no_grad():
+                figures = kto_step(policy, reference, held_out, **knobs)
+            entry |= {f"eval_{name}": value for name, value in figures.items()}
+            tqdm.write(f"held out: loss {figures['loss']:.3f}, accuracy {figures['accuracy']:.2f}")
+        print(json.dumps(entry), file=file)
+
+        if heard or config.save_every and len(log) % config.save_every == 0:
+            save_checkpoint(checkpoint, log, parts)
+        if heard:
+            print(f"stopped after {len(log)} of {steps} steps; to go on, add --resume")
+            raise SystemExit(128 + heard[0])
+
     policy.save_pretrained(config.output)
-    for checkpoint in Path(config.output).glob("checkpoint.*"):
-        checkpoint.unlink()
-    for number in (signal.SIGINT, signal.SIGTERM):  # held back until the model is saved
-        signal.signal(number, signal.SIG_DFL)
-    log = map(json.loads, open(Path(config.output, "metrics.jsonl")))
-    chart([entry for entry in log if "lr" in entry])
-    for row in itertools.islice(read_rows(config, held_out=True), 3):
-        print(f"\n{row['prompt'][-1]['content']}")
-        ids = torch.tensor([encode(row, tokenizer, config)["prompt"]], device=DEVICE)
+    checkpoint.unlink(missing_ok=True)
+    return log
+
+def chart(entry, beta):
+    """A line for a step: D and U, the mean r of the classes, and z, which is z0, r to the right."""
+    marks = {"z": entry["z0"], "U": entry["reward_undesirable"], "D": entry["reward_desirable"]}
+    line = ["."] * 71
+    for mark, value in marks.items():
+        if value is not None:
+            line[min(max(35 + round(10 * beta * value), 0), 70)] = mark
+    return f"{entry['step']:6} {''.join(line)}"
+
+def main():
+    config = read_flags()
+    is_in_use = any(Path(config.output).glob("*.json*"))  # by a model or a log
+    if is_in_use and not config.resume and config.output != "kto-tiny":
+        raise InputError(f"{config.output} is in use; name another --output, or add --resume")
+
+    tokenizer = load_tokenizer(config)
+    held_out, per_epoch, longest = survey(config, tokenizer)
+    policy = load_model(config, tokenizer, longest).eval()  # eval: no dropout
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    if config.dtype == "bfloat16":  # for the forward passes; the weights stay float32
+        for model in (policy, reference):
+            model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
+    print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}")
+
+    tokenizer.save_pretrained(config.output)
+    log = run(policy, reference, training_batches(config, tokenizer), held_out, per_epoch, config)
+    for prompt in held_out["prompt"][:3]:
+        print("\n" + tokenizer.decode(prompt, skip_special_tokens=True))
+        ids = torch.tensor([prompt], device=policy.device)
         for name, model in (("before", reference), ("after", policy)):
-            torch.manual_seed(config.seed)
-            answer = model.generate(
-                ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.eos_token_id,
-                max_new_tokens=64, do_sample=True, temperature=0.4)
-            answer = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
-            print(f"  {name:6} {answer.strip()}")
-    print(f"\nThe model is in {config.output}, and beside it metrics.jsonl.")
+            answer = model.generate(ids, max_new_tokens=64, do_sample=False)[0, len(prompt) :]
+            print(f"  {name:6} {tokenizer.decode(answer, skip_special_tokens=True).strip()}")
+
+    z0 = [entry["z0"] for entry in log]
+    print(f"\nz0 > 0 in {sum(z > 0 for z in z0)} of {len(z0)} steps, up to {max(z0):.1f} nats:",
+          "so much likelier were other rows' completions, and only a gain beyond that is value.")
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the first step, Ctrl-C just ends it
     try:
         main()
-    except (InputError, OSError) as error:
-        argparse.ArgumentParser().exit(2, str(error).partition("\n")[0] + "\n")  # to stderr
+    except (InputError, OSError, ArithmeticError) as error:
+        print(str(error).partition("\n")[0], file=sys.stderr)
+        sys.exit(2)
