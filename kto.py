@@ -65,9 +65,9 @@ def reference_point(policy_logps, reference_logps):
     Both arguments are (m,), in nats: log pi(y'|x) of the m *mismatched* pairs of a step, m >= 2.
     What z0 is for: a reward r is good or bad only in comparison. If the policy made every
     completion more likely, good or bad, r and z0 would rise together and no value would be gained.
-    - Mismatched pairs. A row's own y is in the data because it is a good or a bad answer to x; the
-      average over such pairs would be biased. So rows exchange their completions: of the rows
-      (x1, y1) and (x2, y2), z0 takes (x1, y2) and (x2, y1).
+    - Mismatched pairs. z0 stands for any answer, but a row's own y is in the data because it is
+      good or bad for x. So rows exchange their completions: of (x1, y1) and (x2, y2), z0 takes
+      (x1, y2) and (x2, y1). That is biased, on purpose, and needs no sampling.
     - The mean over all m rows of a step. How many rows fit in memory at once must not matter.
     - The clamp. A KL divergence is never negative, but its estimate from m pairs can be.
     - No gradient. z0 marks where the loss saturates; the policy must not gain by moving the mark.
@@ -85,7 +85,7 @@ def completion_logps(model, prompts, completions):
     if not all(prompts):
         raise ValueError("a prompt without tokens: the first completion token needs one before it")
 
-    # A row is x, y and padding; no mask is needed, since a causal model never looks to the right.
+    # A row is x, y and padding. No mask is needed, since a causal model never looks to the right.
     rows = [torch.tensor([*x, *y]) for x, y in zip(prompts, completions, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)  # (B, T)
 
@@ -115,8 +115,8 @@ def completion_logps(model, prompts, completions):
 
 def micro_batches(prompts, completions, size):
     """Yield (index, prompts, completions) of at most `size` rows at a time, to fit in memory."""
-    # Rows of like length go together: little is padding. The longest first: if they fit, all do.
-    lengths = [len(x) + len(y) for x, y in zip(prompts, completions)]
+    # Rows of like length go together, for little padding, the longest first: if they fit, all do.
+    lengths = [len(x) + len(y) for x, y in zip(prompts, completions, strict=True)]
     longest_first = torch.tensor(lengths).argsort(descending=True)
     for index in longest_first.split(size):
         yield index, [prompts[i] for i in index], [completions[i] for i in index]
@@ -130,11 +130,11 @@ def score(model, prompts, completions, micro_batch_size):
     return logps
 
 def kto_step(policy, reference, batch, micro_batch_size=8, **weights):
-    """Steps 2 to 5: adds the gradient of the mean loss to the policy's; returns what is logged.
+    """Steps 2 to 5: adds the gradient of the mean loss to the policy's .grad; returns the figures.
 
     `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m bools}, m >= 2;
     `weights` are beta, lambda_d, lambda_u; both models are in eval mode. Under `torch.no_grad()` it
-    only evaluates. The micro-batch is a matter of memory: it changes no number.
+    only evaluates. The micro-batch is a matter of memory: but for rounding, it changes no number.
     """
     prompts, completions = batch["prompt"], batch["completion"]
     desirable = torch.tensor(batch["label"], device=policy.device)  # (m,)
@@ -161,11 +161,11 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **weights):
         policy_logps[index] = logps.detach()
         losses[index] = loss.detach()
 
-    # What is logged, in nats but for loss and accuracy. A class without rows has no mean: None.
+    # The figures, in nats but for loss and accuracy. A class without rows has no mean: None.
     r = policy_logps - reference_logps  # (m,)
     kl = (policy_next_logps - reference_next_logps).mean()  # (), z0 before the clamp
     d = r[desirable].mean().item() if desirable.any() else None
-    u = None if desirable.all() else r[~desirable].mean().item()
+    u = r[~desirable].mean().item() if not desirable.all() else None
     margin = None if d is None or u is None else d - u
     return {"loss": losses.mean().item(), "z0": z0.item(), "kl": kl.item(),
             "accuracy": ((r > z0) == desirable).float().mean().item(),
@@ -175,7 +175,7 @@ def train(policy, reference, batches, optimizer, schedule, first_step=0, **setti
     """The training loop: a step for each of `batches`, of which it yields the metrics.
 
     `batches`: any iterable of what `kto_step` takes; `settings`: its keyword arguments. Between
-    steps a caller may save, or stop. Raises ArithmeticError before a gradient that is not finite.
+    steps a caller may save, or stop. Raises ArithmeticError instead of an infinite or NaN update.
     """
     for step, batch in enumerate(batches, start=first_step):  # 1. Take m rows.
         start = time.perf_counter()
@@ -196,14 +196,13 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message says what was found, where, what to do."""
 
 @contextlib.contextmanager
-def blame(what):
+def blame(what, advice=""):
     """Turns whatever is raised within, by a library too, into an InputError about `what`."""
     try:
         yield
     except Exception as error:
-        raise InputError(f"{what}: {error}") from error
+        raise InputError(f"{what}: {error}{advice}") from error
 
-# ---- Settings ------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Config:
     """The settings of a run, each a flag. Where the paper names a default (§4.2), it is ours."""
@@ -231,14 +230,13 @@ def read_flags():
     parser = transformers.HfArgumentParser(Config, description=inspect.getsource(Config),
                                            formatter_class=argparse.RawDescriptionHelpFormatter)
     config = Config(**vars(parser.parse_args()))
-    least = {"batch_size": 2, "micro_batch_size": 1, "epochs": 1, "max_prompt_length": 1,
-             "max_completion_length": 1}
+    least = {"batch_size": 2, "micro_batch_size": 1, "epochs": 1, "beta": 1e-3, "lr": 1e-9,
+             "max_prompt_length": 1, "max_completion_length": 1}
     for name, value in vars(config).items():
         if isinstance(value, (int, float)) and not least.get(name, 0) <= value < math.inf:
             raise InputError(f"--{name} {value}: must be finite and {least.get(name, 0)} or more")
     config.output = config.output or f"kto-{Path(config.model).name}"
-    if config.lr is None:
-        config.lr = 5e-4 if config.model == "tiny" else 5e-6
+    config.lr = config.lr or (5e-4 if config.model == "tiny" else 5e-6)
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.dtype == "auto":  # older cards emulate bfloat16, more slowly than they use float32
@@ -247,19 +245,20 @@ def read_flags():
     return config
 
 # ---- The data: line of a file -> row of text -> row of token ids -> batch ------------------------
-A_ROW = 'a row is {"prompt": text, "completion": text, "label": true or false} on one line'
+A_ROW = """. A row is one line, {"prompt": text or messages, "completion": text or [message], \
+"label": true or false}; each element of an array is a row, a preference pair becomes two rows"""
 
 def parse_row(line):
     """One line of JSONL, as bytes -> {"prompt", "completion", "label": bool}, or ValueError."""
     text = line.decode("utf-8-sig").strip()
     if not text.startswith("{"):
-        raise ValueError(f"not a JSON object: {text!r:.80}; {A_ROW}")
+        raise ValueError(f"not a JSON object: {text!r:.80}")
     row = json.loads(text)
     for key in ("prompt", "completion", "label"):
         if key not in row:
-            raise ValueError(f"no {key} among its keys {list(row)!r:.200}; {A_ROW}")
+            raise ValueError(f"no {key} among its keys {list(row)!r:.200}")
     if row["label"] not in (0, 1):  # false and true are equal to 0 and 1
-        raise ValueError(f"label is {row['label']!r:.80}, not true or false; {A_ROW}")
+        raise ValueError(f"label is {row['label']!r:.80}; write true or false, without quotes")
     return row | {"label": bool(row["label"])}
 
 def as_messages(value, role):
@@ -272,8 +271,6 @@ def as_messages(value, role):
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
                 raise ValueError(f"the {key} of a message must be a text: {message!r:.80}")
-        if not message["content"].strip():
-            raise ValueError(f"a message without text: {message!r:.80}")
         message["content"].encode()  # raises at half a surrogate pair, which no tokenizer takes
     return value
 
@@ -305,34 +302,35 @@ def encode(row, tokenizer):
 def render(messages, answer, tokenizer):
     """(what the model is given, what it should write): two texts, by the chat template.
 
-    The first is the chat that asks for an answer, as far as the answered chat agrees, the second is
-    the rest of that. They may disagree only behind the last message, where reasoning models open a
-    thought when asked, which the answered chat closes or leaves out.
+    The first is the chat that asks for an answer, cut where answered chats differ; the second is
+    the rest of this one. They may differ only after the last message: there reasoning models open a
+    thought when asked, which an answered chat closes or leaves out.
     """
     with blame("the chat template cannot render it"):
         unasked = tokenizer.apply_chat_template(messages, tokenize=False)
         asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         answered = tokenizer.apply_chat_template(messages + answer, tokenize=False)
-    history = os.path.commonprefix([unasked, asked])
-    given = os.path.commonprefix([asked, answered])
-    if len(given) < len(history):
+        other_answer = as_messages("x", "assistant")
+        other = tokenizer.apply_chat_template(messages + other_answer, tokenize=False)
+    given = os.path.commonprefix([asked, answered, other])  # without the answer's first letters
+    if len(given) < len(os.path.commonprefix([asked, unasked])):
         changed, into = asked[len(given) :], answered[len(given) :]
         raise ValueError(f"the chat template turns {changed!r:.80} into {into!r:.80} when answered")
-    return given, answered[len(given) :].rstrip()  # no newline behind the end token
+    return given, answered[len(given) :].rstrip()  # no newline after the end token
 
 def read_rows(config, tokenizer):
     """Stream the rows of --data: {"prompt": ids, "completion": ids, "label": bool, "is_held_out"}.
-    Of a long prompt the end is kept, of a long completion the start. InputError at a bad row."""
+    Of a long prompt the end is kept, of a long completion the start, without its end token."""
     count = 0
     with open(config.data, "rb") as file:  # as bytes, a line ends at \n alone, as in an editor
         for number, line in enumerate(file, start=1):
             if line.isspace():
                 continue
-            with blame(f"{config.data}:{number}"):
+            with blame(f"{config.data}:{number}", A_ROW):
                 row = parse_row(line)
                 x, y = encode(row, tokenizer)
             count += 1
-            yield {"prompt": array("i", x[-config.max_prompt_length :]),  # 4 bytes an id, a list 36
+            yield {"prompt": array("i", x[-config.max_prompt_length :]),  # 4 bytes an id, not 36
                    "completion": array("i", y[: config.max_completion_length]),
                    "label": row["label"],
                    "is_held_out": config.holdout > 0 and count % config.holdout == 0}
@@ -365,8 +363,9 @@ def survey(config, tokenizer):
 
     steps, left_over = divmod(n[True] + n[False], config.batch_size)
     if steps == 0:
-        raise InputError(f"{config.data}: {left_over} rows do not fill a batch; lower --batch_size")
-    print(f"data     n_D = {n[True]}, n_U = {n[False]}; held out {len(held_out['label'])}")
+        raise InputError(f"{left_over} rows to train on fill no batch: see --batch_size, --holdout")
+    print(f"data     n_D = {n[True]}, n_U = {n[False]}; held out {len(held_out['label'])} rows,",
+          f"{sum(held_out['label'])} of them desirable")
     print(f"steps    {steps} an epoch; {left_over} rows are left over in each")
     print(f"longest  {len(longest['prompt'])} and {len(longest['completion'])} tokens, x and y")
     print("prompt  ", tokenizer.decode(row["prompt"]))  # of the last row, as an example
@@ -381,12 +380,13 @@ def survey(config, tokenizer):
 
 # ---- The models ----------------------------------------------------------------------------------
 def tiny_model(config, tokenizer):
-    """A toy: a small Llama, taught the undesirable rows and a fourth of the others. So most of the
-    desirable ones are not its own, and z0 comes to life when it learns to like them."""
+    """A toy: a small Llama, taught the undesirable rows and a fourth of the desirable ones. So it
+    finds most of these unlikely, and z0 rises as it learns to write such completions."""
     torch.manual_seed(config.seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=1,
-        num_attention_heads=4, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id))
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+        hidden_size=128, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4))
+    model.to(config.device)
     rows = [row for row in read_rows(config, tokenizer) if not row["is_held_out"]]
     taught = [row for row in rows if not row["label"]] + [row for row in rows if row["label"]][::4]
     optimizer = torch.optim.AdamW(model.parameters())
@@ -413,30 +413,31 @@ def load_tokenizer(config):
 
 def load_model(config, tokenizer, longest):
     """The causal language model --model, in float32. InputError if it is not made for the rows."""
-    if config.model == "tiny":
-        return tiny_model(config, tokenizer).to(config.device)
-    with blame(f"--model {config.model} on --device {config.device}"), torch.no_grad():
+    with blame(f"--model {config.model} on --device {config.device}"):
+        if config.model == "tiny":
+            return tiny_model(config, tokenizer)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"]:
             raise InputError(f"it lacks the weights {sorted(info['missing_keys'])}")
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             raise InputError(f"its tokenizer has {len(tokenizer)} ids, more than it embeds")
-        limit = getattr(model.config, "max_position_embeddings", math.inf)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
         x, y = longest["prompt"], longest["completion"]
         if len(x) + len(y) > limit:
             raise InputError(f"takes {limit} tokens, not {len(x)} + {len(y)}: --max_prompt_length")
 
-        # In a causal model, the first token of y cannot depend on the tokens to the right of it.
-        alone = completion_logps(model.to(config.device), [x], [y[:1]])
-        with_more = completion_logps(model, [x, x], [y[:1], y])[:1]
+        # A causal model scores the first token of y alike, whatever stands to the right of it.
+        model.to(config.device)
+        alone = score(model, [x], [y[:1]], micro_batch_size=2)
+        with_more = score(model, [x, x], [y[:1], y], micro_batch_size=2)[:1]
         if not torch.allclose(alone, with_more, atol=1e-3):
             raise InputError("it is not causal: its output depends on tokens to the right")
         return model
 
 # ---- The run -------------------------------------------------------------------------------------
 def checkpoint_path(config):
-    """Named after the settings and data that decide the result: no other run can go on from it."""
+    """Named after the settings and data that decide the result: no run with others can use it."""
     decisive = dict(vars(config))
     for name in ("data", "output", "device", "micro_batch_size", "save_every", "resume"):
         del decisive[name]  # may change: the result is the same, up to rounding
@@ -469,20 +470,19 @@ def run(policy, reference, batches, held_out, per_epoch, config):
     checkpoint = checkpoint_path(config)
     log = load_checkpoint(checkpoint, parts) if config.resume else []
 
-    # The log file starts as the checkpoint knows it: what a killed run wrote later comes again.
+    # The log starts as the checkpoint has it: what a killed run did after that is done again.
     file = open(Path(config.output, "metrics.jsonl"), "w", buffering=1)
     file.writelines(json.dumps(entry) + "\n" for entry in log)
-
-    # A signal is heard at once, and obeyed after the step in hand.
-    heard = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: heard.append(number))
-
-    names = ("beta", "lambda_d", "lambda_u", "micro_batch_size")
-    knobs = {name: getattr(config, name) for name in names}
     for _ in log:  # skip the batches of the steps that are done
         next(batches)
-    entries = train(policy, reference, batches, optimizer, schedule, len(log), **knobs)
+    # A signal is heard at once, and obeyed after the step in hand.
+    heard = []
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda number, frame: heard.append(number))
+
+    settings = {"beta": config.beta, "lambda_d": config.lambda_d, "lambda_u": config.lambda_u,
+                "micro_batch_size": config.micro_batch_size}
+    entries = train(policy, reference, batches, optimizer, schedule, len(log), **settings)
     print(f"\n  step  mean r of D and U; z: z0; a dot is {0.1 / config.beta:g} nats, the middle 0")
     for entry in tqdm(entries, initial=len(log), total=steps, disable=None):
         if len(log) % math.ceil(steps / 16) == 0:
@@ -490,23 +490,23 @@ def run(policy, reference, batches, held_out, per_epoch, config):
         log.append(entry)
         if len(log) % per_epoch == 0 and len(held_out["label"]) > 1:
             with torch.no_grad():
-                figures = kto_step(policy, reference, held_out, **knobs)
+                figures = kto_step(policy, reference, held_out, **settings)
             entry |= {f"eval_{name}": value for name, value in figures.items()}
             tqdm.write(f"held out: loss {figures['loss']:.3f}, accuracy {figures['accuracy']:.2f}")
         print(json.dumps(entry), file=file)
 
         if heard or config.save_every and len(log) % config.save_every == 0:
             save_checkpoint(checkpoint, log, parts)
-        if heard:
-            print(f"stopped after {len(log)} of {steps} steps; to go on, add --resume")
-            raise SystemExit(128 + heard[0])
+            if heard:
+                print(f"stopped after {len(log)} of {steps} steps; to go on, add --resume")
+                raise SystemExit(128 + heard[0])
 
     policy.save_pretrained(config.output)
     checkpoint.unlink(missing_ok=True)
     return log
 
 def chart(entry, beta):
-    """A line for a step: D and U, the mean r of the classes, and z, which is z0, r to the right."""
+    """A step on an axis of r: D and U, the mean of each class, and z, which is z0."""
     marks = {"z": entry["z0"], "U": entry["reward_undesirable"], "D": entry["reward_desirable"]}
     line = ["."] * 71
     for mark, value in marks.items():
@@ -518,7 +518,7 @@ def main():
     config = read_flags()
     is_in_use = any(Path(config.output).glob("*.json*"))  # by a model or a log
     if is_in_use and not config.resume and config.output != "kto-tiny":
-        raise InputError(f"{config.output} is in use; name another --output, or add --resume")
+        raise InputError(f"{config.output} is in use: name another, delete it, or --resume")
 
     tokenizer = load_tokenizer(config)
     held_out, per_epoch, longest = survey(config, tokenizer)
@@ -540,7 +540,7 @@ def main():
 
     z0 = [entry["z0"] for entry in log]
     print(f"\nz0 > 0 in {sum(z > 0 for z in z0)} of {len(z0)} steps, up to {max(z0):.1f} nats:",
-          "so much likelier were other rows' completions, and only a gain beyond that is value.")
+          "by so much other rows' completions became likelier; only r beyond z0 has value.")
 
 if __name__ == "__main__":
     try:
