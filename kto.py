@@ -98,9 +98,8 @@ def completion_logps(model, prompts, completions):
     for mask, x, y in zip(is_scored, prompts, completions):
         mask[len(x) - 1 :][: len(y)] = True
 
-    # Logits are the largest tensor of a step, V numbers a position. So the last layer, the head, is
-    # given only the hidden states that predict a token of y. Without this hook one would write
-    # `model(ids).logits[:, :-1][is_scored]`: the same numbers, in twice the time and memory.
+    # Logits are the largest tensor. So the last layer, the head, is given only the hidden states that
+    # predict y. The same without this hook, but costlier: `model(ids).logits[:, :-1][is_scored]`.
     def keep_scored(head, inputs):
         return inputs[0][:, :-1][is_scored]  # (B, T, H) -> (N, H)
 
@@ -437,7 +436,7 @@ def load_model(config, tokenizer, longest):
 
 # ---- The run -------------------------------------------------------------------------------------
 def checkpoint_path(config):
-    """Named after the settings and data that decide the result: no run with others can use it."""
+    """Named after the settings and the data: a run that would give another result has another."""
     decisive = dict(vars(config))
     for name in ("data", "output", "device", "micro_batch_size", "save_every", "resume"):
         del decisive[name]  # may change: the result is the same, up to rounding
@@ -469,6 +468,7 @@ def run(policy, reference, batches, held_out, per_epoch, config):
     parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
     checkpoint = checkpoint_path(config)
     log = load_checkpoint(checkpoint, parts) if config.resume else []
+    Path(config.output).mkdir(parents=True, exist_ok=True)
 
     # The log starts as the checkpoint has it: what a killed run did after that is done again.
     file = open(Path(config.output, "metrics.jsonl"), "w", buffering=1)
@@ -483,7 +483,7 @@ def run(policy, reference, batches, held_out, per_epoch, config):
     settings = {"beta": config.beta, "lambda_d": config.lambda_d, "lambda_u": config.lambda_u,
                 "micro_batch_size": config.micro_batch_size}
     entries = train(policy, reference, batches, optimizer, schedule, len(log), **settings)
-    print(f"\n  step  mean r of D and U; z: z0; a dot is {0.1 / config.beta:g} nats, the middle 0")
+    print(f"\n  step  mean r of D and U; z: z0; one dot is {0.1 / config.beta:g} nats; middle: 0")
     for entry in tqdm(entries, initial=len(log), total=steps, disable=None):
         if len(log) % math.ceil(steps / 16) == 0:
             tqdm.write(chart(entry, config.beta))
@@ -529,8 +529,8 @@ def main():
             model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}")
 
-    tokenizer.save_pretrained(config.output)
     log = run(policy, reference, training_batches(config, tokenizer), held_out, per_epoch, config)
+    tokenizer.save_pretrained(config.output)
     for prompt in held_out["prompt"][:3]:
         print("\n" + tokenizer.decode(prompt, skip_special_tokens=True))
         ids = torch.tensor([prompt], device=policy.device)
