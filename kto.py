@@ -98,7 +98,7 @@ def completion_logps(model, prompts, completions):
     for mask, x, y in zip(is_scored, prompts, completions):
         mask[len(x) - 1 :][: len(y)] = True
 
-    # Logits are the largest tensor. So the last layer, the head, is given only the hidden states that
+    # Logits are the largest tensor: so the last layer, the head, is given only the states that
     # predict y. The same without this hook, but costlier: `model(ids).logits[:, :-1][is_scored]`.
     def keep_scored(head, inputs):
         return inputs[0][:, :-1][is_scored]  # (B, T, H) -> (N, H)

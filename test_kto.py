@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: MIT-0
-"""Why kto.py is right: each test is a claim, in the order of the file. Offline, on a CPU."""
+"""Why kto.py is right: each test is a claim, in the order of the file. Offline, on a CPU.
 
+  pytest                  the claims; a few need TRL, or a chat model's folder in KTO_TEST_MODEL
+  python test_kto.py      the paper in miniature: KTO beside DPO and SFT, four minutes
+"""
+
+import contextlib
 import copy
 import dataclasses
+import functools
+import inspect
 import io
+import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import runpy
@@ -14,73 +23,29 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from unittest import mock
 
 import datasets
+import numpy
 import pytest
 import tokenizers
 import torch
 import transformers
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import tensor
+from torch.testing import assert_close
+from tqdm import tqdm
 
 import kto
 
 torch.set_num_threads(1)  # which is faster for models as small as these
-kto.DEVICE = torch.device("cpu")
 
-# ---- Independent versions, written from the paper, and random models to try them on --------------
-
-def paper(policy, reference, policy_kl, reference_kl, desirable, beta, lambda_d, lambda_u):
-    """(losses, z0, raw KL, gradient of the mean loss) by Eq. 8 and Eq. 10, in Python's floats."""
-    m = len(policy)
-    kl = sum(p - q for p, q in zip(policy_kl, reference_kl)) / m
-    z0 = max(0.0, kl)
-    losses, gradient = [], []
-    for p, q, is_desirable in zip(policy, reference, desirable):
-        weight, sign = (lambda_d, 1) if is_desirable else (lambda_u, -1)
-        s = 1 / (1 + math.exp(-sign * beta * (p - q - z0)))
-        losses.append(weight - weight * s)
-        gradient.append(-sign * weight * beta * s * (1 - s) / m)
-    return losses, z0, kl, gradient
-
-def plain_logp(model, x, y):
-    """log pi(y|x) of one row on its own: no batch, no padding, one token after the other."""
-    logits = model(torch.tensor([[*x, *y]]), use_cache=False).logits[0].double()
-    return sum(logits[len(x) + t - 1].log_softmax(-1)[token] for t, token in enumerate(y))
-
-def plain_step(policy, reference, batch, config):
-    """What kto_step does, one row after the other: Eq. 10 into the policy's gradient, the log."""
-    x, y = [row["prompt"] for row in batch], [row["completion"] for row in batch]
-    desirable = [row["label"] for row in batch]
-    logps = [plain_logp(policy, *pair) for pair in zip(x, y)]
-    with torch.no_grad():
-        p = [logp.item() for logp in logps]
-        q = [plain_logp(reference, *pair).item() for pair in zip(x, y)]
-        mismatched = [(x[i], y[(i + 1) % len(y)]) for i in range(len(x))]
-        kl = [[plain_logp(m, *pair).item() for pair in mismatched] for m in (policy, reference)]
-    weights = (config.beta, config.lambda_d, config.lambda_u)
-    losses, z0, raw, gradient = paper(p, q, *kl, desirable, *weights)
-    sum(g * logp for g, logp in zip(gradient, logps)).backward()
-    r = {True: [], False: []}
-    for i, label in enumerate(desirable):
-        r[label].append(p[i] - q[i])
-    d, u = (sum(r[label]) / len(r[label]) if r[label] else None for label in (True, False))
-    right = sum(v > z0 for v in r[True]) + sum(v <= z0 for v in r[False])
-    return {"loss": sum(losses) / len(losses), "accuracy": right / len(x), "z0": z0, "kl": raw,
-            "reward_desirable": d, "reward_undesirable": u,
-            "margin": d - u if r[True] and r[False] else None}
-
-def add_noise(model, std, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for weight in model.parameters():
-        weight.data += std * torch.randn(weight.shape, generator=generator)
-    return model
+# ---- Set-up of many tests ------------------------------------------------------------------------
 
 def random_model(architecture="llama", std=0.5, **settings):
-    """Two layers, 100 tokens, EOS = pad = 0. Every weight is large, so that every mistake shows."""
-    small = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    """Two layers, 300 tokens, EOS = pad = 0. Every weight is large, so that every mistake shows."""
+    small = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
              "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
     config = transformers.AutoConfig.for_model(architecture, **small | settings)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -88,588 +53,17 @@ def random_model(architecture="llama", std=0.5, **settings):
         weight.data.zero_()
     return add_noise(model, std, seed=0)
 
-def letters():
-    """A tokenizer in which a is 1, b is 2 ... and EOS is 0."""
-    ids = {"<eos>": 0} | {chr(96 + i): i for i in range(1, 27)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
-def gradients(model):
-    return torch.cat([weight.grad.flatten() for weight in model.parameters()])
-
-def assert_logged(logged, expected, rel):
-    for name, value in expected.items():  # None: a class without rows
-        assert logged[name] == (value and pytest.approx(value, rel=rel, abs=1e-6)), name
-
-# ---- Scoring -------------------------------------------------------------------------------------
-
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [3, 0, 4], [20, 21]]  # 0 is EOS and padding
-COMPLETIONS = [[15, 16, 0], [17, 18, 19, 20, 21, 22, 0], [0], [30, 0, 31, 0], [40, 41, 42, 43, 44]]
-
-ARCHITECTURES = {
-    "gpt2": {}, "gpt_neox": {}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "phi": {},
-    "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "olmo2": {}, "phi3": {}, "stablelm": {},
-    "mistral": {"sliding_window": 4}, "gemma2": {"head_dim": 8, "final_logit_softcapping": 5.0},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 4}, "falcon": {}, "bloom": {},
-    "granite": {"logits_scaling": 8.0}, "cohere": {"logit_scale": 0.25}, "mamba": {},
-    "mixtral": {"num_local_experts": 4}, "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
-}
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_log_probs_of_a_ragged_batch_equal_those_of_each_row_alone(architecture):
-    model = random_model(architecture, **ARCHITECTURES[architecture])
-    with torch.no_grad():
-        logps = kto.completion_logps(model, PROMPTS, COMPLETIONS)
-        alone = [plain_logp(model, x, y).item() for x, y in zip(PROMPTS, COMPLETIONS)]
-    assert logps.tolist() == pytest.approx(alone, rel=1e-5)
-
-def test_each_completion_token_is_scored_once_eos_too_and_neither_prompt_nor_padding():
-    # All weights are 0, so each token has probability 1/100, and a sum counts the tokens.
-    model, scored = random_model(std=0.0), []
-    model.lm_head.register_forward_hook(lambda head, args, logits: scored.append(logits.shape))
-    logps = kto.completion_logps(model, PROMPTS, COMPLETIONS)
-    assert logps.tolist() == pytest.approx([-n * math.log(100) for n in (3, 7, 1, 4, 5)])
-    assert scored == [(1, 3 + 7 + 1 + 4 + 5, 100)]  # the large tensor has no other positions either
-
-def test_log_probs_are_summed_in_float32_when_the_model_computes_in_bfloat16():
-    # The sum is near -2,600, where bfloat16 knows only multiples of 16.
-    model, y = random_model(std=0.5).bfloat16(), list(range(1, 60))
-    logp = kto.completion_logps(model, [[5]], [y])
-    assert logp.dtype == torch.float32
-    assert logp.item() == pytest.approx(plain_logp(model, [5], y).item(), rel=1e-5)
-
-def test_what_cannot_be_scored_is_refused():
-    with pytest.raises(ValueError, match="prompt without tokens"):
-        kto.completion_logps(random_model(), [[5], []], [[6], [7]])
-    with pytest.raises(ValueError):  # two prompts, one completion
-        kto.completion_logps(random_model(), [[5], [6]], [[7]])
-
-# ---- The formula ---------------------------------------------------------------------------------
-
-def test_three_rows_worked_by_hand():
-    # The mismatched pairs differ by 4, -1 and 0 nats: z0 = 3 / 3 = 1. (Clamped singly: 4 / 3.)
-    z0 = kto.reference_point(torch.tensor([-6.0, -9.0, -7.0]), torch.tensor([-10.0, -8.0, -7.0]))
-    assert z0.item() == 1.0
-    # beta = 1/2 and r - z0 = 2 ln 3, 2 ln 3, 0: sigmoid(ln 3) = 3/4, sigmoid(-ln 3) = 1/4,
-    # sigmoid(0) = 1/2. With lambda_d = 2, lambda_u = 4 the losses are 2 - 2 * 3/4 = 1/2,
-    # 4 - 4 * 1/4 = 3 and 2 - 2 * 1/2 = 1; their slopes, -+lambda * beta * s * (1 - s), are
-    # -2/2 * 3/16, +4/2 * 3/16 and -2/2 * 1/4.
-    r = torch.tensor([1 + 2 * math.log(3), 1 + 2 * math.log(3), 1.0], requires_grad=True)
-    losses = kto.kto_loss(r - 20, torch.tensor(-20.0), z0, torch.tensor([True, False, True]),
-                          beta=0.5, lambda_d=2.0, lambda_u=4.0)
-    losses.sum().backward()
-    assert losses.tolist() == pytest.approx([0.5, 3.0, 1.0], abs=1e-5)
-    assert r.grad.tolist() == pytest.approx([-3 / 16, 3 / 8, -1 / 4], abs=1e-5)
-
-def test_the_defaults_are_the_papers():
-    # beta = 0.1 and both weights 1: r = 10 and z0 = 0 give 1 - sigmoid(1) and 1 - sigmoid(-1).
-    losses = kto.kto_loss(torch.tensor(10.0), torch.tensor(0.0), 0.0, torch.tensor([True, False]))
-    assert losses.tolist() == pytest.approx([0.268941, 0.731059], abs=1e-6)
-    assert (kto.Config().beta, kto.Config().lambda_d, kto.Config().lambda_u) == (0.1, 1.0, 1.0)
-
-@pytest.mark.parametrize("desirable, beta, lambda_d, lambda_u, drift", [
-    ([True, False, True, True, False], 0.1, 1.0, 1.0, 3.0),  # drift: the sign of the raw KL
-    ([True, False, True, True, False], 0.3, 1.4, 0.7, -3.0),
-    ([False, False, True, False, False, False, False], 0.05, 13.33, 1.0, 20.0),
-    ([True, True, False], 1.0, 0.5, 2.0, -1.0),
-    ([True, True, True], 0.5, 1.4, 0.7, 2.0),
-    ([False, False, False, False, False], 0.25, 1.4, 0.7, 2.0),
-])
-def test_value_and_gradient_are_those_of_eq_8_and_eq_10(desirable, beta, lambda_d, lambda_u, drift):
-    torch.manual_seed(0)
-    reference, reference_kl = -300 * torch.rand(2, len(desirable), dtype=torch.float64)
-    policy = (reference + drift + 4 * torch.randn(len(desirable))).requires_grad_()
-    policy_kl = (reference_kl + drift + torch.randn(len(desirable))).requires_grad_()
-    weights = (beta, lambda_d, lambda_u)
-    columns = [column.tolist() for column in (policy, reference, policy_kl, reference_kl)]
-    losses, z0, raw, gradient = paper(*columns, desirable, *weights)
-    assert raw * drift > 0
-
-    point = kto.reference_point(policy_kl, reference_kl)
-    result = kto.kto_loss(policy, reference, point, torch.tensor(desirable), *weights)
-    result.mean().backward()
-    assert point.item() == pytest.approx(z0)
-    assert result.tolist() == pytest.approx(losses)
-    assert policy.grad.tolist() == pytest.approx(gradient)
-    assert not point.requires_grad and policy_kl.grad is None  # z0 is a constant
-
-    def mean_loss(policy):
-        return kto.kto_loss(policy, reference, point, torch.tensor(desirable), *weights).mean()
-
-    assert torch.autograd.gradcheck(mean_loss, policy)  # against finite differences
-
-def test_a_row_far_from_z0_is_finite_and_has_no_gradient():  # Proposition 4.1
-    r = torch.tensor([1e4, -1e4, 1e30, -1e30] * 2, requires_grad=True)
-    desirable = torch.tensor([True] * 4 + [False] * 4)
-    losses = kto.kto_loss(r, torch.zeros(8), torch.tensor(5.0), desirable, 0.1, 1.5, 0.5)
-    losses.sum().backward()
-    assert losses.tolist() == [0.0, 1.5, 0.0, 1.5, 0.5, 0.0, 0.5, 0.0]
-    assert r.grad.tolist() == [0.0] * 8
-
-def test_a_label_that_is_not_bool_is_refused():
-    with pytest.raises(RuntimeError, match="boolean"):
-        kto.kto_loss(torch.zeros(2), torch.zeros(2), 0.0, torch.tensor([1, 0]))
-
-# The code of the paper's authors: ContextualAI/HALOs, commit 4831988, KTOTrainer.loss in train/
-# trainers.py, run unchanged in float32 with torch 2.13.0 on a CPU. Four cases, in each the columns
-# policy, reference, policy_kl, reference_kl, desirable, and what came out: losses, gradient.
-HALOS = [
-    # z0, beta, lambda_d, lambda_u
-    ((0.969537, 0.1, 1.0, 1.7), [
-        (-36.1593, -34.8083, -245.7608, -247.9992, True, 0.557755, -0.00493329),
-        (-102.7383, -102.3106, -260.3434, -261.0626, False, 0.790714, 0.00845865),
-        (-205.8741, -202.1323, -252.5092, -249.589, True, 0.615652, -0.00473249),
-        (-35.9153, -38.6803, -279.9997, -281.271, False, 0.926103, 0.00843186),
-        (-122.114, -121.7887, -233.3775, -236.9165, False, 0.795046, 0.00846447)]),
-    ((0.0, 0.1, 1.4, 1.0), [  # the raw KL is -4.2
-        (-186.3869, -180.5016, -92.3519, -87.9203, False, 0.356972, 0.00459086),
-        (-42.3944, -37.5244, -202.7547, -195.5823, True, 0.867159, -0.00660083),
-        (-64.1773, -53.7609, -85.3548, -75.5255, True, 1.034833, -0.00539839),
-        (-73.0085, -72.6348, -165.0435, -167.6018, False, 0.490659, 0.00499826),
-        (-188.7975, -181.9478, -237.4356, -235.1268, True, 0.930786, -0.00623911)]),
-    ((21.644724, 0.05, 13.33, 1.0), [
-        (-110.0761, -112.9572, -286.2141, -303.8955, False, 0.281268, 0.00336927),
-        (-90.6101, -92.9806, -81.7758, -98.0912, False, 0.276136, 0.00333141),
-        (-42.1689, -48.4457, -285.566, -316.5034, True, 9.106708, -0.0480874)]),
-    ((2.862381, 0.25, 1.0, 1.0), [  # one class
-        (-45.5757, -36.4654, -303.5955, -305.5703, False, 0.047735, 0.00284105),
-        (-82.228, -73.4197, -230.3614, -237.5157, False, 0.051287, 0.00304104),
-        (-123.6518, -124.4447, -162.7621, -161.0788, False, 0.373467, 0.0146243),
-        (-120.436, -128.5651, -160.9534, -164.9571, False, 0.788629, 0.0104183)]),
-]
-
-@pytest.mark.parametrize("settings, rows", HALOS)
-def test_losses_z0_and_gradients_equal_those_of_the_papers_authors(settings, rows):
-    z0, *weights = settings
-    *columns, desirable, losses, gradient = zip(*rows)
-    policy, reference, policy_kl, reference_kl = map(torch.tensor, columns)
-    point = kto.reference_point(policy_kl, reference_kl)
-    policy.requires_grad_()
-    result = kto.kto_loss(policy, reference, point, torch.tensor(desirable), *weights)
-    result.mean().backward()
-    assert point.item() == pytest.approx(z0, abs=1e-5)
-    assert result.tolist() == pytest.approx(losses, abs=1e-5)
-    assert policy.grad.tolist() == pytest.approx(gradient, rel=2e-5)
-
-# ---- Pairing and step ----------------------------------------------------------------------------
-
-ROWS = [("abc", "no", True), ("k", "perhaps", False), ("what", "yesyes", False), ("ask", "a", True),
-        ("zz", "quite", False)]
-SETTINGS = kto.Config(beta=0.3, lambda_d=1.4, lambda_u=0.7, micro_batch_size=3, dtype="float32")
-
-def parsed(x, y, label=True):
-    """The row that kto.py reads from a line of prompt, completion and label, as of rows.jsonl:3."""
-    line = json.dumps({"prompt": x, "completion": y, "label": label}).encode()
-    return kto.parse_row(line) | {"where": "rows.jsonl:3"}
-
-def encoded(rows=ROWS):
-    return [kto.encode(parsed(*row), letters(), SETTINGS) for row in rows]
-
-def policy_and_reference(raw_kl):
-    """Two models some noise apart. Exchanging them changes the sign of the raw KL."""
-    policy = random_model(std=0.3)
-    reference = add_noise(copy.deepcopy(policy), std=0.1, seed=3)
-    return (policy, reference) if raw_kl > 0 else (reference, policy)
-
-@pytest.mark.parametrize("m", [2, 3, 5, 8])
-def test_each_prompt_meets_its_own_completion_once_and_the_next_rows_once(monkeypatch, m):
-    pairs, learned, score = {"policy": [], "reference": []}, [], kto.completion_logps
-
-    def spy(model, x, y):
-        logps, scored = score(model, x, y), list(zip(map(tuple, x), map(tuple, y)))
-        pairs["policy" if model is policy else "reference"] += scored
-        learned.extend(scored if logps.requires_grad else [])
-        return logps
-
-    monkeypatch.setattr(kto, "completion_logps", spy)
-    policy, reference = policy_and_reference(raw_kl=1)
-    # Row i is (10 + i; i times 50 + i), so lengths differ.
-    x, y = [(10 + i,) for i in range(m)], [(50 + i,) * (i + 1) for i in range(m)]
-    batch = [{"prompt": x[i], "completion": y[i], "label": i % 3 == 0, "cut": [False, False]}
-             for i in range(m)]
-    kto.kto_step(policy, reference, batch, SETTINGS)
-    following = [y[1], y[0]] if m == 2 else [*y[1:], y[0]]
-    expected = sorted([*zip(x, y), *zip(x, following)])
-    assert sorted(pairs["policy"]) == sorted(pairs["reference"]) == expected
-    assert sorted(learned) == sorted(zip(x, y))  # only these are scored with a graph for gradients
-
-@pytest.mark.parametrize("labels", [[True, False, False, True, False], [True] * 5, [False] * 5])
-@pytest.mark.parametrize("raw_kl", [1, -1])
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
-def test_a_step_equals_the_plain_computation_whatever_the_micro_batch(
-        micro_batch_size, raw_kl, labels):
-    policy, reference = policy_and_reference(raw_kl)
-    plain_policy = copy.deepcopy(policy)
-    rows = encoded([(x, y, label) for (x, y, _), label in zip(ROWS, labels)])
-    config = dataclasses.replace(SETTINGS, micro_batch_size=micro_batch_size)
-    logged = kto.kto_step(policy, reference, rows, config)
-    plain = plain_step(plain_policy, reference, rows, config)
-    assert plain["kl"] * raw_kl > 0
-    assert_logged(logged, plain, rel=1e-4)
-    torch.testing.assert_close(gradients(policy), gradients(plain_policy), rtol=1e-4, atol=1e-6)
-    assert all(weight.grad is None for weight in reference.parameters())
-
-def test_rows_of_like_length_go_together_and_the_longest_first(monkeypatch):
-    # Lengths 6, 2, 9, 4, 7 in micro-batches of 2: what does not fit in memory fails at once.
-    lengths = []
-    monkeypatch.setattr(kto, "completion_logps", lambda model, x, y: lengths.append(
-        [len(a) + len(b) for a, b in zip(x, y)]) or torch.zeros(len(x)))
-    config = dataclasses.replace(SETTINGS, micro_batch_size=2)
-    kto.score(None, [[1]] * 5, [[2] * n for n in (5, 1, 8, 3, 6)], config)
-    assert lengths == [[9, 7], [6, 4], [2]]
-
-def test_evaluation_gives_the_figures_of_a_step_without_its_gradient():
-    policy, reference = policy_and_reference(raw_kl=1)
-    logged = kto.kto_step(policy, reference, encoded(), SETTINGS, train=False)
-    assert all(weight.grad is None for weight in policy.parameters())
-    assert logged == kto.kto_step(policy, reference, encoded(), SETTINGS)
-
-def test_bfloat16_is_for_the_forward_passes_and_gradients_are_float32():
-    policy, reference = policy_and_reference(raw_kl=1)
-    x, y = [row["prompt"] for row in encoded()], [row["completion"] for row in encoded()]
-    half = dataclasses.replace(SETTINGS, dtype="bfloat16")
-    full, rounded = kto.score(policy, x, y, SETTINGS), kto.score(policy, x, y, half)
-    assert not torch.equal(full, rounded)
-    torch.testing.assert_close(full, rounded, rtol=0.05, atol=0.0)
-    kto.kto_step(policy, reference, encoded(), half)
-    assert gradients(policy).dtype == torch.float32
-
-def run_kto(monkeypatch, folder, model, rows, **flags):
-    """python kto.py in this process: (policy, reference, settings, optimizer, metrics.jsonl)."""
-    output = folder / f"output{len(list(folder.iterdir()))}"
-    model.save_pretrained(folder / "model")
-    letters().save_pretrained(folder / "model")
-    rows = [dict(zip(("prompt", "completion", "label"), row)) for row in rows]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    files = {"model": folder / "model", "data": folder / "data.jsonl", "output": output}
-    flags = {**files, "holdout": 0, "dtype": "float32", **flags}
-    seen = []
-
-    def spy(policy, reference, tokenizer, config, *rest):
-        seen.extend([policy, reference, config])
-        train(policy, reference, tokenizer, config, *rest)
-
-    with monkeypatch.context() as patch:
-        train = kto.train
-        patch.setattr(kto, "train", spy)
-        patch.setattr(kto.signal, "signal", lambda *_: None)  # leave pytest its Ctrl-C
-        patch.setattr("sys.argv", ["kto.py", *(f"--{name}={flags[name]}" for name in flags)])
-        hook = register_optimizer_step_post_hook(lambda optimizer, *_: seen.append(optimizer))
-        kto.main()
-        hook.remove()
-    return *seen[:4], [json.loads(line) for line in open(output / "metrics.jsonl")]
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_at_step_0_every_reward_and_z0_are_exactly_0_in_spite_of_dropout(
-        monkeypatch, tmp_path, dtype):
-    model = random_model("gpt2", std=0.3)
-    assert model.config.resid_pdrop == model.config.attn_pdrop == model.config.embd_pdrop == 0.1
-    rows = [("abc", "no" * i, i < 3) for i in range(1, 9)]  # of 8 rows 2 are desirable
-    first = run_kto(monkeypatch, tmp_path, model, rows, batch_size=8, epochs=1, dtype=dtype,
-                    micro_batch_size=3, lambda_d=1.5, lambda_u=0.5)[-1][0]
-    expected = {"step": 0, "kl": 0, "z0": 0, "reward_desirable": 0, "reward_undesirable": 0,
-                "margin": 0, "loss": (2 * 1.5 + 6 * 0.5) / 8 / 2}
-    assert {name: first[name] for name in expected} == expected
-
-def test_a_whole_run_equals_a_plain_loop_and_leaves_the_reference_alone(monkeypatch, tmp_path):
-    rows = ROWS + [("one", "more", True), ("cat", "b", False), ("sky", "blue", True),
-                   ("ten", "eleven", False), ("ab", "cdefg", False), ("left", "over", True)]
-    # 11 rows make 2 steps of 5 an epoch; one row is left over. Of 12 steps, 1 is warm-up.
-    flags = {"batch_size": 5, "epochs": 6, "lr": 3e-3, "beta": 0.3, "lambda_d": 30, "lambda_u": 22}
-    runs = [run_kto(monkeypatch, tmp_path, random_model(std=0.3), rows, **flags, micro_batch_size=b)
-            for b in (1, 3, 8)]
-
-    policy, reference = random_model(std=0.3), random_model(std=0.3).requires_grad_(False)
-    before = torch.nn.utils.parameters_to_vector(reference.parameters()).clone()
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
-    expected = []
-    for step, batch in enumerate(kto.batches(runs[0][2])):
-        batch = [kto.encode(row, letters(), runs[0][2]) for row in batch]
-        policy.zero_grad()
-        logged = plain_step(policy, reference, batch, runs[0][2])
-        norm = gradients(policy).norm().item()
-        for weight in policy.parameters():
-            weight.grad *= min(1.0, 10.0 / norm)
-        lr = 3e-3 * (step if step < 1 else (1 + math.cos(math.pi * (step - 1) / 11)) / 2)
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        expected.append({"step": step, **logged, "grad_norm": norm, "lr": lr})
-    assert len(expected) == 12
-    assert {step["grad_norm"] > 10 for step in expected} == {True, False}  # clipped, and not
-    assert {step["kl"] > 0.1 for step in expected} == {True, False}
-
-    for trained, untrained, _, optimizer, log in runs:
-        after = torch.nn.utils.parameters_to_vector(trained.parameters())
-        assert (after - before).abs().mean() > 1e-3
-        torch.testing.assert_close(
-            after, torch.nn.utils.parameters_to_vector(policy.parameters()), rtol=0, atol=1e-5)
-        assert torch.equal(torch.nn.utils.parameters_to_vector(untrained.parameters()), before)
-        assert not any(w.requires_grad or w.grad is not None for w in untrained.parameters())
-        optimized = [id(weight) for group in optimizer.param_groups for weight in group["params"]]
-        assert optimized == [id(weight) for weight in trained.parameters()]
-        for mine, plain in zip(log, expected, strict=True):
-            assert_logged(mine, plain, rel=1e-4)
-
-# ---- TRL -----------------------------------------------------------------------------------------
-
-# What KTOTrainer of TRL 1.16.0 (transformers 5.23.0, torch 2.13.0, CPU) logs for ROWS, SETTINGS and
-# these two models in the test below, by the sign of the raw KL: loss, kl (which is z0), grad_norm.
-TRL = {1: (0.5147486, 1.4310611, 0.4185264), -1: (0.4808456, 0.0, 0.4750189)}
-
-@pytest.mark.parametrize("raw_kl", [1, -1])
-def test_loss_z0_and_gradient_norm_equal_the_numbers_that_trl_gave(raw_kl):
-    policy, reference = policy_and_reference(raw_kl)
-    logged = kto.kto_step(policy, reference, encoded(), SETTINGS)
-    mine = (logged["loss"], logged["z0"], gradients(policy).norm().item())
-    assert logged["kl"] * raw_kl > 0
-    assert mine == pytest.approx(TRL[raw_kl], rel=4e-5)
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("raw_kl", [1, -1])
-def test_trl_gives_those_numbers(tmp_path, raw_kl):
-    trl = pytest.importorskip("trl", reason="needs: pip install trl==1.16.0")
-    # TRL pairs x with the completion of the row *before*: in reverse order, that is the row after.
-    rows = [dict(zip(("prompt", "completion", "label"), row)) for row in reversed(ROWS)]
-    policy, reference = policy_and_reference(raw_kl)
-    arguments = trl.KTOConfig(
-        str(tmp_path), per_device_train_batch_size=5, max_steps=1, logging_steps=1, use_cpu=True,
-        beta=SETTINGS.beta, desirable_weight=SETTINGS.lambda_d, bf16=False, report_to=[],
-        undesirable_weight=SETTINGS.lambda_u, save_strategy="no", disable_tqdm=True)
-    tokenizer = letters()
-    tokenizer.pad_token = tokenizer.eos_token
-    trainer = trl.KTOTrainer(policy, reference, arguments, processing_class=tokenizer,
-                             train_dataset=datasets.Dataset.from_list(rows))
-    trainer.train()
-    log = trainer.state.log_history[0]
-    assert (log["loss"], log["kl"], log["grad_norm"]) == pytest.approx(TRL[raw_kl], rel=4e-5)
-
-# ---- The data: rows ------------------------------------------------------------------------------
-
-GOOD = b'{"prompt": "Say hi", "completion": "hi", "label": true}'
-
-def write_rows(path, rows):
-    """`rows` of (prompt, completion, label) as JSONL at `path`; the path as text."""
-    keys = ("prompt", "completion", "label")
-    path.write_text("".join(json.dumps(dict(zip(keys, row))) + "\n" for row in rows))
-    return str(path)
-
-def say(count, n_desirable=None):
-    """Rows that differ: the first n_desirable of `count` (default: every other) are desirable."""
-    good = [i % 2 == 0 if n_desirable is None else i < n_desirable for i in range(count)]
-    return [(f"Say {i}", f"{i}" if is_good else "no", is_good) for i, is_good in enumerate(good)]
-
-def prompt(row):
-    return row["prompt"][-1]["content"]
-
-def main(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["kto.py", *map(str, flags)])
-    kto.main()
-
-BAD_ROWS = [
-    ('{"prompt": "a", "completion": "b", "label": tr', "Expecting value"),
-    ("{'prompt': 'a', 'completion': 'b', 'label': True}", "enclosed in double quotes"),
-    ('{"prompt": "a", "completion": "b", "label": true,}', "trailing comma|in double quotes"),
-    ("[", "Expecting value"),  # the first line of an array that fills a file
-    ("[" * 100_000, "recursion"),
-    (f"[{GOOD.decode()}]", r"found \[{'completion': 'hi', 'label': True, 'prompt': 'Say hi'}\]"),
-    ('"a"', "found 'a'"),
-    ("{}", "found {}"),
-    ('{"prompt": "a", "text": "b", "label": 1}', "found {'label': 1, 'prompt': 'a', 'text': 'b'}"),
-    ('{"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}', "found {'a': 1, 'b': 2, 'c': 3, 'd': 4, 'e': 5}"),
-    ('{"prompt": "a", "chosen": "b", "rejected": "c"}',
-     "a pair; write two rows, chosen with label true, rejected with false"),
-    *((f'{{"prompt": "a", "completion": "b", "label": {label}}}', f"'label': {shown}, 'prompt'")
-      for label, shown in [('"true"', "'true'"), ('"good"', "'good'"), ("2", "2"), ("-1", "-1"),
-                           ("0.5", "0.5"), ("null", "None"), ("NaN", "nan"), ("[1]", r"\[1\]")]),
-    *((f'{{"prompt": "a", "completion": {y}, "label": true}}', f"{{'completion': {shown}, 'label'")
-      for y, shown in [("null", "None"), ("5", "5"), ("[]", r"\[\]"), ('["b"]', r"\['b'\]"),
-                       ('[{"role": "user", "content": "b"}]',
-                        r"\[{'content': 'b', 'role': 'user'}\]"),
-                       ('[{"role": "assistant", "content": "b"}, 1]', r"\[{.*'assistant'}, 1\]"),
-                       ('{"role": "assistant", "content": "b"}', "{.* 'assistant'}")]),
-    *((f'{{"prompt": {x}, "completion": "b", "label": true}}', f"'prompt': {shown}}}")
-      for x, shown in [("5", "5"), ("null", "None"), ("[]", r"\[\]"),
-                       ('{"role": "user", "content": "a"}', "{'content': 'a', 'role': 'user'}")]),
-    *((f'{{"prompt": "a", "completion": {y}, "label": true}}', f"no role or no text in {shown}")
-      for y, shown in [('""', "{'content': '', 'role': 'assistant'}"),
-                       ('" \\n\\t"', r"{'content': ' \\n\\t', 'role': 'assistant'}"),
-                       ('[{"role": "assistant"}]', "{'role': 'assistant'}"),
-                       ('[{"role": "assistant", "content": null}]', "{'content': None, .*}")]),
-    *((f'{{"prompt": {x}, "completion": "b", "label": true}}', f"no role or no text in {shown}")
-      for x, shown in [('" "', "{'content': ' ', 'role': 'user'}"), ('["a"]', "'a'"),
-                       ('[{"content": "a"}]', "{'content': 'a'}"),
-                       ('[{"role": 1, "content": "a"}]', "{'content': 'a', 'role': 1}"),
-                       ('[{"role": "user", "content": "a"}, {"role": "x"}]', "{'role': 'x'}")]),
-    (b'{"prompt": "\xff", "completion": "b", "label": true}', "can't decode byte 0xff"),
-    ('{"prompt": "\\ud83d", "completion": "b", "label": true}', "surrogates not allowed"),
-]
-A_ROW = '; a row is one line of JSON, {"prompt": text, "completion": text, "label": true or false}'
-
-@pytest.mark.parametrize("line, found", BAD_ROWS)
-def test_an_unusable_row_is_named_before_a_model_is_loaded(
-        line, found, tmp_path, monkeypatch):
-    # An editor shows the bad row as line 3. There is no model: had it been asked for, the message
-    # would be about that.
-    line = line if isinstance(line, bytes) else line.encode()
-    file, output = tmp_path / "rows.jsonl", tmp_path / "output"
-    file.write_bytes(b"\n".join([GOOD, b"", line, GOOD]))
-    with pytest.raises(kto.InputError) as error:
-        main(monkeypatch, "--data", file, "--model", tmp_path / "no-model", "--output", output)
-    message = str(error.value)
-    assert message.startswith(f"{file}:3: ") and message.endswith(A_ROW)
-    assert re.search(found, message) and "\n" not in message and len(message) < 400
-    assert not output.exists()
-
-@pytest.mark.parametrize("content, error, found", [
-    (None, OSError, "No such file.*rows.jsonl"), ("a folder", OSError, "directory.*rows.jsonl"),
-    (b"", kto.InputError, "rows.jsonl: 0 rows to train on; a step needs two"),
-    (b"\n\n", kto.InputError, "rows.jsonl: 0 rows to train on; a step needs two"),
-    (GOOD, kto.InputError, "rows.jsonl: 1 rows to train on; a step needs two")])
-def test_a_file_without_two_rows_is_refused(content, error, found, tmp_path, monkeypatch):
-    file = tmp_path / "rows.jsonl"
-    if content == "a folder":
-        file.mkdir()
-    elif content is not None:
-        file.write_bytes(content)
-    with pytest.raises(error, match=found):
-        main(monkeypatch, "--data", file, "--model", tmp_path / "no-model", "--output", tmp_path)
-
-def test_odd_but_usable_files_are_read_without_a_word(tmp_path, capsys):
-    long = "word " * 800_000  # 4 MB
-    rows = [  # (a line as it stands in the file, what is read from it)
-        (b"\xef\xbb\xbf" + GOOD + b"\r\n", ("Say hi", "hi", True, True)),  # byte order mark, CRLF
-        (b"\r\n", None),
-        (b" \t\n", None),
-        (b'{"id": 7, "label": 0, "prompt": "2024-01-01", "completion": "12.50"}\n',
-         ("2024-01-01", "12.50", False, True)),
-        ('{"prompt": "a\u2028b\x85c\x0bd", "completion": " b ", "label": false}\n'
-         .replace("\x0b", "\\u000b").encode(), ("a\u2028b\x85c\x0bd", " b ", False, True)),
-        (GOOD + b"\n", ("Say hi", "hi", True, True)),  # a duplicate
-        (json.dumps({"prompt": [{"role": "user", "content": "Hi"}], "label": 1,
-                     "completion": [{"role": "assistant", "content": long}]}).encode(),
-         ("Hi", long, True, False)),
-    ]
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(b"".join(line for line, _ in rows))
-    config = kto.Config(data=str(file), holdout=0)
-    read = [(row["prompt"], row["completion"], row["label"], row["plain"], row["where"])
-            for row in kto.read_rows(config)]
-    assert read == [
-        ([{"role": "user", "content": row[0]}], [{"role": "assistant", "content": row[1]}],
-         *row[2:], f"{file}:{number}") for number, (_, row) in enumerate(rows, 1) if row]
-    assert all(type(label) is bool for _, _, label, *_ in read)
-    kto.check_data(config)
-    assert "WARNING" not in capsys.readouterr().out
-
-@pytest.mark.parametrize("n_d, n_u, lambda_d, lambda_u, balance", [
-    (1, 10, 1, 1, "= 0.1; Eq. 9 wants 1 to 1.5: --lambda_d 10 to 15\n"),  # §4.2
-    (1, 10, 10, 1, "= 1; Eq. 9 wants 1 to 1.5\n"),
-    (1, 10, 15, 1, "= 1.5; Eq. 9 wants 1 to 1.5\n"),
-    (1, 10, 1, 2, "= 0.05; Eq. 9 wants 1 to 1.5: --lambda_d 20 to 30\n"),
-    (1, 10, 2, 1, "= 0.2; Eq. 9 wants 1 to 1.5: --lambda_d 10 to 15\n"),
-    (4, 5, 1, 0.5, "= 1.6; Eq. 9 wants 1 to 1.5: --lambda_d 0.625 to 0.9375\n"),
-    (9, 1, 1, 1, "= 9; Eq. 9 wants 1 to 1.5: --lambda_d 0.1111 to 0.1667\n"),
-    (9, 1, 0.1111, 1, "= 1; Eq. 9 wants 1 to 1.5\n"),  # pasted, what is printed suffices
-    (9, 1, 0.1667, 1, "= 1.5; Eq. 9 wants 1 to 1.5\n"),
-    (2, 2, 1, 1, "= 1; Eq. 9 wants 1 to 1.5\n"),
-    (2, 2, 1, 0, None),
-    (2, 2, 0, 1, None),
-    (2, 0, 1, 1, None),
-    (0, 2, 1, 1, None),
-])
-def test_unequal_classes_get_the_weight_to_paste(
-        n_d, n_u, lambda_d, lambda_u, balance, tmp_path, capsys):
-    data = write_rows(tmp_path / "rows.jsonl", say(n_d + n_u, n_d))
-    config = kto.Config(data=data, holdout=0, lambda_d=lambda_d, lambda_u=lambda_u)
-    kto.check_data(config)
-    out = capsys.readouterr().out
-    assert f"n_D = {n_d}, n_U = {n_u}; held out 0 and 0\n" in out
-    assert (balance or "WARNING  only one class counts") in out
-    assert ("WARNING" in out) == (balance is None)
-
-@pytest.mark.parametrize("n_rows, holdout, per_epoch, said", [
-    (24, 0, 4, ""), (22, 0, 3, ", one row left over in each"), (21, 0, 3, ""), (21, 7, 3, "")])
-def test_the_steps_are_known_before_the_model_is_loaded(
-        n_rows, holdout, per_epoch, said, tmp_path, capsys):
-    # By 7: 24 = 3 * 7 + 3; 22 = 3 * 7 + 1, a row on its own; 21 = 3 * 7, and 18 = 2 * 7 + 4.
-    data = write_rows(tmp_path / "rows.jsonl", say(n_rows))
-    config = kto.Config(data=data, holdout=holdout, batch_size=7, epochs=2)
-    assert kto.check_data(config) == (per_epoch, 2 * per_epoch)
-    assert f"steps    {2 * per_epoch}, {per_epoch} an epoch{said}\n" in capsys.readouterr().out
-    assert len(list(kto.batches(config))) == 2 * per_epoch
-    assert kto.check_data(dataclasses.replace(config, max_steps=5))[1] == 5
-
-@pytest.mark.parametrize("n_rows, dropped", [(24, 0), (22, 1)])
-def test_every_epoch_has_all_rows_in_an_order_of_its_own(n_rows, dropped, tmp_path):
-    # 24 = 7 + 7 + 7 + 3 rows; of 22 = 7 + 7 + 7 + 1 the last has no partner and is dropped.
-    data = write_rows(tmp_path / "rows.jsonl", say(n_rows))
-
-    def epochs(seed):
-        config = kto.Config(data=data, holdout=0, batch_size=7, epochs=2, seed=seed)
-        prompts = [[prompt(row) for row in batch] for batch in kto.batches(config)]
-        assert [len(batch) for batch in prompts] == 2 * [7, 7, 7, 3][: 4 - dropped]
-        prompts = sum(prompts, [])
-        return prompts[: n_rows - dropped], prompts[n_rows - dropped :]
-
-    first, second = epochs(seed=0)
-    assert len(set(first)) == len(set(second)) == n_rows - dropped
-    in_file = [f"Say {i}" for i in range(n_rows - dropped)]
-    assert first != in_file and second != in_file and first != second
-    assert epochs(seed=0) == (first, second)
-    assert epochs(seed=1)[0] != first
-
-def test_a_file_larger_than_the_buffer_of_the_shuffle_loses_and_doubles_no_row(tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", say(10_050))
-    config = kto.Config(data=data, holdout=0, batch_size=201, epochs=1)
-    prompts = [prompt(row) for batch in kto.batches(config) for row in batch]
-    assert sorted(prompts) == sorted(f"Say {i}" for i in range(10_050))
-
-def test_every_kth_row_is_held_out_and_never_taught(tmp_path, monkeypatch):
-    # 12 rows behind blank lines, holdout 3: rows 2, 5, 8 and 11 are held out, whatever their lines.
-    file = tmp_path / "rows.jsonl"
-    file.write_text(Path(write_rows(file, say(12))).read_text().replace("\n", "\n\n"))
-    held_out = {"Say 2", "Say 5", "Say 8", "Say 11"}
-    others = {f"Say {i}" for i in range(12)} - held_out
-    config = kto.Config(data=str(file), holdout=3, batch_size=4, epochs=2)
-    assert {prompt(row) for row in kto.read_rows(config, held_out=True)} == held_out
-    assert {prompt(row) for batch in kto.batches(config) for row in batch} == others
-    none = kto.dataclasses.replace(config, holdout=0)
-    assert {prompt(row) for batch in kto.batches(none) for row in batch} == others | held_out
-    # Nor does the tiny model see them before KTO does; which rows it is taught is the claim here,
-    # so the teaching itself is left out.
-    seen, encode = set(), kto.encode
-    monkeypatch.setattr(kto, "encode", lambda row, *rest: seen.add(prompt(row)) or
-                        encode(row, *rest))
-    monkeypatch.setattr(kto, "tqdm", lambda steps, **_: [])
-    first, second = (kto.tiny_model(config)[1].lm_head.weight for _ in range(2))
-    assert seen == others and torch.equal(first, second)  # the same seed, the same model
-
-# ---- The data: tokens ----------------------------------------------------------------------------
-
-CHATML = (  # the end token is not EOS, and a newline follows it
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-LLAMA = (  # writes BOS itself, ends in EOS, knows no system turn
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
-    "{{ raise_exception('no system turn') }}{% elif m.role == 'user' %}[INST]{{ m.content }}[/INST]"
-    "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
-BARE = (  # no end token at all
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}")
-FORGETS = "{{ messages[-1].content }}"  # an answer changes what stands before it
-ASKS = "{{ messages[0].content }}"  # an answer is left out
-
-SYSTEM, USER, ANSWER, USER_2, ANSWER_2 = (
-    {"role": role, "content": content} for role, content in [
-        ("system", "Be kind"), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"),
-        ("assistant", "See you")])
+def add_noise(model, std, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.data += std * torch.randn(weight.shape, generator=generator)
+    return model
 
 def byte_tokenizer(template=None, adds_bos=False, pad="<pad>", eos="</s>"):
     """One token for a byte, and five special ones, so that decoded text shows every token."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(
-        vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    vocabulary = {byte: number for number, byte in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<pad>"])
@@ -680,653 +74,1536 @@ def byte_tokenizer(template=None, adds_bos=False, pad="<pad>", eos="</s>"):
         tokenizer_object=backend, bos_token="<s>", eos_token=eos, pad_token=pad,
         chat_template=template)
 
-def decoded(tokenizer, x, y, **settings):
-    row = kto.encode(parsed(x, y), tokenizer, kto.Config(**settings))
-    return tokenizer.decode(row["prompt"]), tokenizer.decode(row["completion"]), row["cut"]
+CHATML = (  # the end token is not EOS, and a newline follows it
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
-@pytest.mark.parametrize("adds_bos", [False, True])
-@pytest.mark.parametrize("pad", ["<pad>", "</s>"])
-@pytest.mark.parametrize("template, x, y, prompt, completion", [
-    # A plain text: BOS if the tokenizer adds it, and one EOS, which the completion may have.
-    (None, "Hi", "Hello", "{bos}Hi", "Hello</s>"),
-    (None, "Hi", "Hello</s>", "{bos}Hi", "Hello</s>"),
-    (None, "Hi ", " Hello\n", "{bos}Hi ", " Hello\n</s>"),
-    # A chat: what the template writes and no more, up to its end token.
-    (CHATML, "Hi", "Hello", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-     "Hello<|im_end|>"),
-    (CHATML, [USER], "Hello", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-     "Hello<|im_end|>"),
-    (CHATML, [SYSTEM, USER, ANSWER, USER_2], [ANSWER_2],
-     "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant"
-     "\nHello<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n",
-     "See you<|im_end|>"),
-    (LLAMA, "Hi", [ANSWER], "<s>[INST]Hi[/INST]", "Hello</s>"),
-    (LLAMA, [USER, ANSWER, USER_2], [ANSWER_2], "<s>[INST]Hi[/INST]Hello</s>[INST]Bye[/INST]",
-     "See you</s>"),
-    (BARE, "Hi", "Hello", "user: Hi\nassistant: ", "Hello</s>"),
+def write_rows(path, rows):
+    """Write `rows` of (prompt, completion, label) as JSONL; returns the path as text."""
+    keys = ("prompt", "completion", "label")
+    path.write_text("".join(json.dumps(dict(zip(keys, row))) + "\n" for row in rows))
+    return str(path)
+
+# ---- The loss and the reference point ------------------------------------------------------------
+
+def desirable(letters):
+    """"DUU" is one desirable row, then two undesirable ones: a bool tensor."""
+    return tensor([letter == "D" for letter in letters])
+
+def test_three_rows_worked_by_hand():
+    # The mismatched pairs differ by 4, -1 and 0 nats: z0 = 3 / 3 = 1. (Clamped one by one: 4 / 3.)
+    policy_next, reference_next = tensor([-6.0, -9.0, -7.0]), tensor([-10.0, -8.0, -7.0])
+    z0 = kto.reference_point(policy_next, reference_next)
+    assert z0 == 1
+
+    # With beta = 1/2, beta (r - z0) is ln 3, ln 3 and 0. We know sigmoid(ln 3) = 3/4,
+    # sigmoid(-ln 3) = 1/4 and sigmoid(0) = 1/2. With lambda_d = 2 and lambda_u = 4:
+    #   D    v = 2 * 3/4    loss = 2 - 3/2 = 1/2    slope = -2 * 1/2 * 3/4 * 1/4 = -3/16
+    #   U    v = 4 * 1/4    loss = 4 - 1   = 3      slope = +4 * 1/2 * 1/4 * 3/4 = +3/8
+    #   D    v = 2 * 1/2    loss = 2 - 1   = 1      slope = -2 * 1/2 * 1/2 * 1/2 = -1/4
+    ln_3 = math.log(3)
+    r = tensor([1 + 2 * ln_3, 1 + 2 * ln_3, 1.0], requires_grad=True)
+    losses = kto.kto_loss(r, torch.zeros(3), z0, desirable("DUD"), 0.5, 2.0, 4.0)
+    losses.sum().backward()
+    assert_close(losses, tensor([0.5, 3.0, 1.0]))
+    assert_close(r.grad, tensor([-3 / 16, 3 / 8, -1 / 4]))
+
+def test_the_defaults_are_the_papers():
+    assert kto.kto_loss.__defaults__ == (0.1, 1.0, 1.0)  # beta, lambda_d, lambda_u
+
+def by_the_paper(r, z0, labels, beta, lambda_d, lambda_u):
+    """Losses by Eq. 8, and the gradient of their mean by Eq. 10, in Python's own numbers."""
+    rows = []
+    for reward, is_desirable in zip(r, labels):
+        weight, sign = (lambda_d, 1) if is_desirable else (lambda_u, -1)
+        s = 1 / (1 + math.exp(-sign * beta * (reward - z0)))
+        rows.append([weight - weight * s, -sign * weight * beta * s * (1 - s) / len(r)])
+    return tensor(rows, dtype=torch.float64).T
+
+# The code of the paper's authors: ContextualAI/HALOs, commit 4831988, KTOTrainer.loss in train/
+# trainers.py, run unchanged in float32 with torch 2.13.0 on a CPU. Four batches of log-probs
+# and labels went in; z0, losses and the gradient of the mean loss came out. D: 1 if desirable.
+HALOS = [
+    # z0, (beta, lambda_d, lambda_u)
+    (0.969537, (0.1, 1.0, 1.7), """
+        #  policy  reference policy, y'   ref., y'   D      loss    gradient
+         -36.1593   -34.8083  -245.7608  -247.9992   1  0.557755 -0.00493329
+        -102.7383  -102.3106  -260.3434  -261.0626   0  0.790714  0.00845865
+        -205.8741  -202.1323  -252.5092  -249.5890   1  0.615652 -0.00473249
+         -35.9153   -38.6803  -279.9997  -281.2710   0  0.926103  0.00843186
+        -122.1140  -121.7887  -233.3775  -236.9165   0  0.795046  0.00846447"""),
+    # The raw KL is -4.2.
+    (0.0, (0.1, 1.4, 1.0), """
+        #  policy  reference policy, y'   ref., y'   D      loss    gradient
+        -186.3869  -180.5016   -92.3519   -87.9203   0  0.356972  0.00459086
+         -42.3944   -37.5244  -202.7547  -195.5823   1  0.867159 -0.00660083
+         -64.1773   -53.7609   -85.3548   -75.5255   1  1.034833 -0.00539839
+         -73.0085   -72.6348  -165.0435  -167.6018   0  0.490659  0.00499826
+        -188.7975  -181.9478  -237.4356  -235.1268   1  0.930786 -0.00623911"""),
+    (21.644724, (0.05, 13.33, 1.0), """
+        #  policy  reference policy, y'   ref., y'   D      loss    gradient
+        -110.0761  -112.9572  -286.2141  -303.8955   0  0.281268  0.00336927
+         -90.6101   -92.9806   -81.7758   -98.0912   0  0.276136  0.00333141
+         -42.1689   -48.4457  -285.5660  -316.5034   1  9.106708 -0.04808739"""),
+    (2.862381, (0.25, 1.0, 1.0), """
+        #  policy  reference policy, y'   ref., y'   D      loss    gradient
+         -45.5757   -36.4654  -303.5955  -305.5703   0  0.047735  0.00284105
+         -82.2280   -73.4197  -230.3614  -237.5157   0  0.051287  0.00304104
+        -123.6518  -124.4447  -162.7621  -161.0788   0  0.373467  0.01462434
+        -120.4360  -128.5651  -160.9534  -164.9571   0  0.788629  0.01041834"""),
+]
+
+@pytest.mark.parametrize("z0, weights, table", HALOS, ids=range(4))
+def test_value_and_gradient_are_those_of_the_paper_and_of_its_authors(z0, weights, table):
+    columns = tensor(numpy.loadtxt(table.splitlines())).T
+    policy, reference, policy_next, reference_next, labels, losses, gradient = columns
+    labels = labels == 1
+    policy.requires_grad_()
+    policy_next.requires_grad_()
+
+    def loss_of(policy):
+        z0 = kto.reference_point(policy_next, reference_next)
+        return kto.kto_loss(policy, reference, z0, labels, *weights)
+
+    loss_of(policy).mean().backward()
+    assert policy_next.grad is None  # z0 is a constant
+    assert torch.autograd.gradcheck(loss_of, policy)  # against finite differences
+
+    # The authors: as near as their float32, here rounded, allows.
+    assert_close(loss_of(policy), losses, rtol=2e-6, atol=1e-6)
+    assert_close(policy.grad, gradient, rtol=2e-6, atol=1e-8)
+
+    # The paper: to all digits.
+    kl = (policy_next - reference_next).mean().item()
+    assert max(0, kl) == pytest.approx(z0, abs=1e-5)
+    r = (policy - reference).tolist()
+    losses, gradient = by_the_paper(r, max(0, kl), labels, *weights)
+    assert_close(loss_of(policy), losses, rtol=1e-10, atol=0)
+    assert_close(policy.grad, gradient, rtol=1e-10, atol=0)
+
+def test_a_row_far_from_z0_is_finite_and_has_no_gradient():  # Proposition 4.1
+    r = tensor([1e4, -1e30, 1e30, -1e4], requires_grad=True)
+    losses = kto.kto_loss(r, torch.zeros(4), 5.0, desirable("DDUU"))
+    losses.sum().backward()
+    assert losses.tolist() == [0.0, 1.0, 1.0, 0.0]
+    assert r.grad.tolist() == [0.0] * 4
+
+def test_a_label_that_is_not_bool_is_refused():
+    with pytest.raises(RuntimeError, match="bool"):
+        kto.kto_loss(torch.zeros(2), torch.zeros(2), 0.0, tensor([1, 0]))
+
+# ---- Scoring -------------------------------------------------------------------------------------
+
+# Five rows, one token for each letter. "!" is token 0, which to the models is EOS and padding.
+TEXTS = {
+    "prompt": ["abc", "k", "wonder", "a!b", "zz"],
+    "completion": ["no!</s>", "perhaps!</s>", "!</s>", "y!e!</s>", "quite</s>"],
+}
+PROMPTS = byte_tokenizer()(TEXTS["prompt"])["input_ids"]
+COMPLETIONS = byte_tokenizer()(TEXTS["completion"])["input_ids"]
+
+ARCHITECTURES = """
+    bloom cohere falcon gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite llama
+    mamba mistral mixtral olmo2 opt phi phi3 qwen2 qwen3 stablelm
+"""
+PECULIAR = {  # each is known to some of them
+    "ffn_dim": 48,
+    "final_logit_softcapping": 5.0,
+    "logit_scale": 0.25,
+    "logits_scaling": 8.0,
+    "num_local_experts": 4,
+    "sliding_window": 4,
+    "word_embed_proj_dim": 32,
+}
+
+def plain_logps(model, prompts, completions):
+    """log pi(y|x) of each row on its own: no batch, no padding, one token after the other."""
+    logps = torch.zeros(len(prompts))
+    for i, (x, y) in enumerate(zip(prompts, completions)):
+        logits = model(tensor([x + y]), use_cache=False).logits[0].double()
+        for position, token in enumerate(y, start=len(x)):
+            logps[i] += logits[position - 1].log_softmax(dim=0)[token]
+    return logps
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.split())
+def test_log_probs_of_a_ragged_batch_equal_those_of_each_row_alone(architecture):
+    model = random_model(architecture, **PECULIAR)
+    logps = kto.completion_logps(model, PROMPTS, COMPLETIONS)
+    assert_close(logps, plain_logps(model, PROMPTS, COMPLETIONS), rtol=1e-5, atol=0)
+
+def test_each_completion_token_is_scored_eos_too_and_no_other_position_reaches_the_head():
+    # All weights are 0: each of the 300 tokens has probability 1/300, and a sum counts tokens.
+    model, shapes = random_model(std=0.0), []
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: shapes.append(logits.shape))
+    counts = kto.completion_logps(model, PROMPTS, COMPLETIONS) / -math.log(300)
+    assert_close(counts, tensor([4.0, 9.0, 2.0, 5.0, 6.0]))
+    assert shapes == [(4 + 9 + 2 + 5 + 6, 300)]
+
+def test_log_probs_are_summed_in_float32_when_the_model_computes_in_bfloat16():
+    # The sum is near -800, where bfloat16 knows only multiples of 4.
+    model, y = random_model().bfloat16(), list(range(1, 121))
+    logps = kto.completion_logps(model, [[5]], [y])
+    assert_close(logps, plain_logps(model, [[5]], [y]), rtol=1e-6, atol=0)
+
+def test_what_cannot_be_scored_is_refused():
+    with pytest.raises(ValueError, match="without tokens"):
+        kto.completion_logps(None, [[5], []], [[6], [7]])
+    with pytest.raises(ValueError, match="shorter"):
+        kto.completion_logps(None, [[5], [6]], [[7]])
+
+def test_rows_of_like_length_go_together_and_the_longest_come_first():
+    # 1 + 5, 4 + 1, 1 + 8, 1 + 3 and 6 + 1 letters, which is 6, 5, 9, 4 and 7.
+    prompts = ["a", "aaaa", "a", "a", "aaaaaa"]
+    completions = ["bbbbb", "b", "bbbbbbbb", "bbb", "b"]
+    parts = kto.micro_batches(prompts, completions, size=2)
+    assert [index.tolist() for index, x, y in parts] == [[2, 4], [0, 1], [3]]
+
+# ---- The step ------------------------------------------------------------------------------------
+
+SETTINGS = {"beta": 0.3, "lambda_d": 1.4, "lambda_u": 0.7}
+
+def batch_of(letters):
+    return {"prompt": PROMPTS, "completion": COMPLETIONS, "label": desirable(letters).tolist()}
+
+def policy_and_reference(raw_kl=1):
+    """Two models some noise apart. Exchanging them turns the sign of the raw KL."""
+    policy, reference = random_model(std=0.3), random_model(std=0.3)
+    add_noise(reference, std=0.1, seed=4)
+    return (policy, reference) if raw_kl > 0 else (reference, policy)
+
+def gradient_of(model):
+    return [weight.grad for weight in model.parameters()]
+
+def plain_step(policy, reference, letters):
+    """What kto_step does, one row after the other."""
+    next_completions = COMPLETIONS[1:] + COMPLETIONS[:1]
+    ratios = plain_logps(policy, PROMPTS, next_completions)
+    ratios -= plain_logps(reference, PROMPTS, next_completions)
+    kl = ratios.mean().detach()
+    z0 = max(tensor(0.0), kl)
+
+    logps = plain_logps(policy, PROMPTS, COMPLETIONS)
+    r = (logps - plain_logps(reference, PROMPTS, COMPLETIONS)).detach()
+    labels = desirable(letters)
+    losses, gradient = by_the_paper(r, z0, labels, **SETTINGS).float()
+    logps.backward(gradient)
+
+    good, bad = r[labels], r[~labels]
+    right = (good > z0).sum() + (bad <= z0).sum()
+    d = good.mean().item() if "D" in letters else None
+    u = bad.mean().item() if "U" in letters else None
+    return {
+        "loss": losses.mean().item(),
+        "accuracy": right.item() / 5,
+        "z0": z0.item(),
+        "kl": kl.item(),
+        "reward_desirable": d,
+        "reward_undesirable": u,
+        "margin": d - u if letters == "DUUDU" else None,
+    }
+
+@pytest.mark.parametrize("letters", ["DUUDU", "DDDDD", "UUUUU"])
+@pytest.mark.parametrize("raw_kl", [1, -1])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_a_step_equals_the_plain_computation_whatever_the_micro_batch(
+        micro_batch_size, raw_kl, letters):
+    policy, reference = policy_and_reference(raw_kl)
+    logged = kto.kto_step(policy, reference, batch_of(letters), **SETTINGS,
+                          micro_batch_size=micro_batch_size)
+    gradient = gradient_of(policy)
+    policy.zero_grad()
+    plain = plain_step(policy, reference, letters)
+    assert plain["kl"] * raw_kl > 0
+    assert_close(logged, plain, rtol=1e-5, atol=1e-5)
+    assert_close(gradient, gradient_of(policy), rtol=1e-4, atol=1e-6)
+    assert set(gradient_of(reference)) == {None}
+
+@pytest.mark.parametrize("m", [2, 3, 5, 8])
+def test_each_prompt_meets_its_own_completion_once_and_the_next_rows_once(m, monkeypatch):
+    learned, scored = [], []
+
+    def spy(model, prompts, completions):
+        assert len(prompts) <= 3
+        pairs = learned if torch.is_grad_enabled() else scored
+        pairs.extend(zip(prompts, completions))
+        return torch.zeros(len(prompts), requires_grad=True)
+
+    monkeypatch.setattr(kto, "completion_logps", spy)
+    rows = [[i] for i in range(m)]  # of row i, prompt and completion are the token i
+    batch = {"prompt": rows, "completion": rows, "label": [True] * m}
+    kto.kto_step(random_model(), random_model(), batch, micro_batch_size=3)
+
+    # Only the policy's own pairs are scored with a gradient. Without one, the reference scores
+    # these too, and both models score the next row's.
+    own = [([i], [i]) for i in range(m)]
+    following = [([i], [(i + 1) % m]) for i in range(m)]
+    assert sorted(learned) == own
+    assert sorted(scored) == sorted(own + following + following)
+
+def test_evaluation_gives_the_figures_of_a_step_and_leaves_no_gradient():
+    policy, reference = policy_and_reference()
+    batch = batch_of("DUUDU")
+    with torch.no_grad():
+        figures = kto.kto_step(policy, reference, batch, **SETTINGS)
+    assert set(gradient_of(policy)) == {None}
+    assert figures == kto.kto_step(policy, reference, batch, **SETTINGS)
+
+def test_a_policy_that_is_still_the_reference_has_rewards_and_z0_of_exactly_0():
+    # Each loss is lambda / 2: (2 * 1.4 + 3 * 0.7) / 2 / 5 = 0.49. No reward is above z0, which is
+    # right for the three undesirable rows.
+    logged = kto.kto_step(random_model(), random_model(), batch_of("DUUDU"), **SETTINGS)
+    assert logged.pop("loss") == pytest.approx(0.49)
+    assert logged.pop("accuracy") == pytest.approx(3 / 5)
+    assert set(logged.values()) == {0}
+
+# ---- The training loop ---------------------------------------------------------------------------
+
+def adamw_and_schedule(model):
+    """The learning rate rises to 0.004 in three steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.004)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.25, total_iters=3)
+    return optimizer, schedule
+
+def test_training_is_a_plain_loop_of_step_clip_adamw_and_schedule():
+    settings = {"beta": 0.3, "lambda_d": 30.0, "lambda_u": 15.0}
+    batches = list(map(batch_of, ["DUUDU", "DDDDD", "UUUUU", "DUDUU"]))
+    policy, reference = policy_and_reference()
+    entries = kto.train(policy, reference, batches, *adamw_and_schedule(policy), 7, **settings)
+
+    plain, _ = policy_and_reference()
+    optimizer, schedule = adamw_and_schedule(plain)
+    norms = []
+    for step, batch, lr in zip([7, 8, 9, 10], batches, [0.001, 0.002, 0.003, 0.004]):
+        entry = next(entries)
+        optimizer.zero_grad()
+        logged = kto.kto_step(plain, reference, batch, **settings)
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 10.0).item()
+        optimizer.step()
+        schedule.step()
+
+        assert 0 < entry.pop("seconds") < 60
+        assert_close(entry, {"step": step, **logged, "grad_norm": norm, "lr": lr})
+        assert_close(list(policy.parameters()), list(plain.parameters()))
+        norms.append(norm)
+
+    assert list(entries) == []
+    assert min(norms) < 10 < max(norms)  # so some steps are clipped, and some are not
+
+@pytest.mark.parametrize("lambda_d", [1e38, math.inf])  # the norm is infinite, and not a number
+def test_a_gradient_that_is_not_finite_stops_training_before_it_does_harm(lambda_d):
+    policy, reference = policy_and_reference()
+    optimizer, schedule = adamw_and_schedule(policy)
+    batches = [batch_of("DUUDU")]
+    entries = kto.train(policy, reference, batches, optimizer, schedule, lambda_d=lambda_d)
+    with pytest.raises(ArithmeticError, match="step 0"):
+        next(entries)
+    assert optimizer.state == {}  # it has not moved the weights
+
+# ---- TRL -----------------------------------------------------------------------------------------
+
+# What KTOTrainer of TRL 1.16.0 (transformers 5.23.0, torch 2.13.0, CPU) logs in the test below, by
+# the sign of the raw KL: loss, kl (which is our z0) and grad_norm.
+TRL = {1: (0.4573870, 0.5496603, 0.5337766), -1: (0.5281099, 0.0, 0.6990590)}
+
+@pytest.mark.parametrize("raw_kl", TRL)
+def test_loss_z0_and_gradient_norm_equal_the_numbers_that_trl_gave(raw_kl):
+    policy, reference = policy_and_reference(raw_kl)
+    logged = kto.kto_step(policy, reference, batch_of("DUUDU"), **SETTINGS)
+    norm = torch.nn.utils.get_total_norm(gradient_of(policy)).item()
+    assert (logged["loss"], logged["z0"], norm) == pytest.approx(TRL[raw_kl], rel=1e-5)
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("raw_kl", TRL)
+def test_trl_gives_those_numbers(raw_kl, tmp_path):
+    trl = pytest.importorskip("trl", reason="needs: pip install trl==1.16.0")
+    policy, reference = policy_and_reference(raw_kl)
+
+    # TRL pairs x with the completion of the row *before*: in reverse order, that is the row after.
+    columns = {**TEXTS, "label": desirable("DUUDU").tolist()}
+    rows = datasets.Dataset.from_dict(columns).select([4, 3, 2, 1, 0])
+    settings = trl.KTOConfig(
+        str(tmp_path),
+        per_device_train_batch_size=5,
+        logging_steps=1,
+        bf16=False,
+        beta=SETTINGS["beta"],
+        desirable_weight=SETTINGS["lambda_d"],
+        undesirable_weight=SETTINGS["lambda_u"],
+    )
+    trainer = trl.KTOTrainer(policy, reference, settings, train_dataset=rows,
+                             processing_class=byte_tokenizer())
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert (log["loss"], log["kl"], log["grad_norm"]) == pytest.approx(TRL[raw_kl], rel=1e-5)
+
+# ---- The flags -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def read_flags(monkeypatch):
+    """read_flags("--a 1 --b 2") is the settings of `python kto.py --a 1 --b 2`."""
+    def read(command=""):
+        monkeypatch.setattr(sys, "argv", ["kto.py", *command.split()])
+        return kto.read_flags()
+
+    return read
+
+def test_what_is_not_given_is_the_papers_or_follows_from_the_model(read_flags):
+    toy, named = read_flags(), read_flags("--model someone/chat-1B")
+    assert (toy.beta, toy.lambda_d, toy.lambda_u, toy.batch_size) == (0.1, 1, 1, 32)
+    assert (toy.output, named.output) == ("kto-tiny", "kto-chat-1B")
+    assert (toy.lr, named.lr) == (5e-4, 5e-6)
+
+def test_what_is_given_stays_as_it_is(read_flags):
+    config = read_flags("--output there --lr 0.1 --device mps --dtype bfloat16 --resume")
+    given = {"output": "there", "lr": 0.1, "device": "mps", "dtype": "bfloat16", "resume": True}
+    assert vars(config).items() >= given.items()
+
+def test_an_impossible_value_is_refused_with_its_flag(read_flags):
+    impossible = """--batch_size 1, --micro_batch_size 0, --epochs 0, --max_prompt_length 0,
+        --max_completion_length 0, --holdout -1, --save_every -1, --seed -1, --beta -1,
+        --lambda_d -0.1, --lambda_u -1, --beta 0, --lr 0, --lr nan, --lr inf"""
+    for flag in impossible.split(","):
+        with pytest.raises(kto.InputError, match=flag.strip()):
+            read_flags(flag)
+    with pytest.raises(SystemExit, match="2"):
+        read_flags("--dtype float16")
+
+def test_help_shows_the_settings_with_their_comments(read_flags, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        read_flags("--help")
+    assert inspect.getsource(kto.Config) in capsys.readouterr().out
+
+@pytest.mark.parametrize("card, flags, expected", [
+    ("none", "", "cpu float32"),
+    ("computes in it", "", "cuda bfloat16"),
+    ("computes in it", "--device cuda:1", "cuda:1 bfloat16"),
+    ("computes in it", "--device cpu", "cpu float32"),
+    ("emulates it", "", "cuda float32")  # T4, V100, RTX 20xx: if asked, they support bfloat16
 ])
-def test_a_prompt_is_what_inference_feeds_and_a_completion_ends_once(
-        template, x, y, prompt, completion, adds_bos, pad):
-    tokenizer = byte_tokenizer(template, adds_bos, pad)
-    prompt = prompt.format(bos="<s>" if adds_bos else "")
-    assert decoded(tokenizer, x, y) == (prompt, completion, [False, False])
-    if template:  # by the tokenizer's own way of asking for an answer
-        x = parsed(x, y)["prompt"]
-        ids = tokenizer.apply_chat_template(x, add_generation_prompt=True)["input_ids"]
-        assert tokenizer.decode(ids) == prompt
+def test_auto_is_bfloat16_only_on_a_card_that_computes_in_it(
+        read_flags, monkeypatch, card, flags, expected):
+    def is_bf16_supported(including_emulation=True):
+        return including_emulation or card == "computes in it"
 
-def test_without_chat_template_strings_stay_as_they_are_and_messages_still_need_one():
-    tokenizer = byte_tokenizer(CHATML)
-    assert decoded(tokenizer, "Hi", "Hello", chat_template=False)[:2] == ("Hi", "Hello</s>")
-    assert decoded(tokenizer, "Hi", [ANSWER], chat_template=False)[1] == "Hello<|im_end|>"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card != "none")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    config = read_flags(flags)
+    assert f"{config.device} {config.dtype}" == expected
 
-def test_eos_follows_a_last_token_that_reads_as_nothing():
-    # SentencePiece decoders drop the space of a first token, so that a lone space reads as "";
-    # an unknown word is a special token, but not an end.
-    spaces = byte_tokenizer()
-    spaces.backend_tokenizer.decoder = tokenizers.decoders.Sequence([
-        tokenizers.decoders.ByteLevel(), tokenizers.decoders.Strip(" ", 1, 0)])
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-        {"[UNK]": 0, "</s>": 1, "hi": 2}, unk_token="[UNK]"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    words = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="</s>", unk_token="[UNK]")
-    assert decoded(spaces, "hi", "hi ")[1] == "hi </s>"
-    assert decoded(words, "hi", "hi there")[1] == "hi [UNK] </s>"
+# ---- The rows of a file --------------------------------------------------------------------------
 
-def test_of_a_long_prompt_the_end_is_kept_and_of_a_long_completion_the_start():
-    # "<s>Tell me" is 8 tokens, "Hello</s>" 6.
-    tokenizer = byte_tokenizer(adds_bos=True)
+GOOD = '{"prompt": "Hi", "completion": "Hello", "label": true}'
 
-    def cut(prompt, completion):
-        return decoded(tokenizer, "Tell me", "Hello", max_prompt_length=prompt,
-                       max_completion_length=completion)
+def refusal(folder, line):
+    """What is said about `line`, which an editor shows as line 3 of rows.jsonl."""
+    file = folder / "rows.jsonl"
+    file.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n", "latin-1")  # as UTF-8, but for an accent
+    # Always one line, that says where; and a long row is not shown whole.
+    with pytest.raises(kto.InputError, match=f"^{file}:3: .{{5,500}}$") as error:
+        list(kto.read_rows(kto.Config(data=str(file)), byte_tokenizer()))
+    return str(error.value)
 
-    assert cut(8, 6) == ("<s>Tell me", "Hello</s>", [False, False])
-    assert cut(7, 6) == ("Tell me", "Hello</s>", [True, False])
-    assert cut(2, 6) == ("me", "Hello</s>", [True, False])
-    assert cut(8, 5) == ("<s>Tell me", "Hello", [False, True])  # it did not end there: no EOS
-    assert cut(1, 1) == ("e", "H", [True, True])
+# In the two tables, behind the arrow stands some of what is said of what is before it.
 
-def test_a_prompt_that_becomes_no_token_is_named():
+BAD_ROWS = """\
+[{"prompt": "a"}, {"prompt": "b"}]  ->  JSON object ... '[{"prompt": "a"}, ... true or false
+[  ->  JSON object ... '[' ... true or false
+"text"  ->  JSON object ... '"text"' ... true or false
+prompt,completion,label  ->  JSON object ... 'prompt,completion,label' ... true or false
+{"prompt": "a", "compl  ->  Unterminated string
+{'prompt': 'a', 'completion': 'b', 'label': True}  ->  double quotes
+{"prompt": "a", "completion": "b", "label": 1} {}  ->  Extra data
+{"prompt": "é", "completion": "b", "label": true}  ->  can't decode byte 0xe9
+{"conversations": [], "kto_tag": true}  ->  no prompt ... ['conversations', 'kto_tag'] ... true or
+{"messages": [], "label": true}  ->  no prompt ... ['messages', 'label'] ... true or false
+{"prompt": "a", "chosen": "b"}  ->  no completion ... ['prompt', 'chosen'] ... true or false
+{"prompt": "a", "completion": "b"}  ->  no label ... ['prompt', 'completion'] ... true or false
+{"prompt": "a", "completion": "b", "label": "false"}  ->  label is 'false' ... true or false
+{"prompt": "a", "completion": "b", "label": "good"}  ->  label is 'good' ... true or false
+{"prompt": "a", "completion": "b", "label": 2}  ->  label is 2 ... true or false
+{"prompt": "a", "completion": "b", "label": -1}  ->  label is -1 ... true or false
+{"prompt": "a", "completion": "b", "label": 0.5}  ->  label is 0.5 ... true or false
+{"prompt": "a", "completion": "b", "label": null}  ->  label is None ... true or false
+{"prompt": "a", "completion": "b", "label": NaN}  ->  label is nan ... true or false
+{"prompt": "a", "completion": "b", "label": [1]}  ->  label is [1] ... true or false
+{"prompt": "a", "completion": [{"role": "user", "content": "b"}], "label": 1}  ->  the assistant
+{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}, \
+{"role": "assistant", "content": "c"}], "label": 1}  ->  one message of the assistant"""
+
+@pytest.mark.parametrize("case", BAD_ROWS.splitlines())
+def test_each_kind_of_bad_row_is_refused_with_what_is_there_and_what_should_be(tmp_path, case):
+    line, found = case.split("  ->  ")
+    message = refusal(tmp_path, line)
+    for words in found.split(" ... "):
+        assert words in message
+
+def test_a_long_line_is_not_shown_whole(tmp_path):
+    assert "JSON object" in refusal(tmp_path, "[" * 100_000)
+
+NO_MESSAGES = r"""5  ->  neither a text nor a list of messages: 5
+null  ->  neither a text nor a list of messages: None
+[]  ->  neither a text nor a list of messages: []
+{"role": "assistant", "content": "a"}  ->  neither a text nor a list of messages: {'role'
+["a"]  ->  the role of a message must be a text: 'a'
+[{"content": "a"}]  ->  the role of a message must be a text: {'content': 'a'}
+[{"role": 1, "content": "a"}]  ->  the role of a message must be a text: {'role': 1
+[{"role": "assistant"}]  ->  the content of a message must be a text: {'role'
+[{"role": "user", "content": [{"type": "text"}]}]  ->  the content of a message must be a text
+[{"role": "assistant", "content": "a"}, 7]  ->  the role of a message must be a text: 7
+"\ud83d"  ->  surrogates not allowed"""
+
+@pytest.mark.parametrize("case", NO_MESSAGES.splitlines())
+def test_what_is_neither_text_nor_messages_is_refused_on_either_side(tmp_path, case):
+    value, found = case.split("  ->  ")
+    assert found in refusal(tmp_path, GOOD.replace('"Hi"', value))
+    assert found in refusal(tmp_path, GOOD.replace('"Hello"', value))
+
+def test_a_bad_row_is_refused_before_a_model_is_loaded(read_flags, tmp_path):
+    # The folder has a tokenizer and no model: had it been asked for, the message would say so.
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(GOOD + "\n{}")
+    read_flags(f"--model {tmp_path}/model --data {tmp_path}/rows.jsonl --output {tmp_path}/new")
+    with pytest.raises(kto.InputError, match="rows.jsonl:2: no .*prompt"):
+        kto.main()
+
+def decoded(prompt, completion):
+    """Ids as text, with all special tokens."""
     tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("\u200b", "")
-    with pytest.raises(kto.InputError, match="^rows.jsonl:3: no tokens"):
-        decoded(tokenizer, "\u200b", "Hello")
+    return f"{tokenizer.decode(prompt)} -> {tokenizer.decode(completion)}"
 
-@pytest.mark.parametrize("template, x, found", [
-    (None, [USER], "no chat template"), (LLAMA, [SYSTEM, USER], "no system turn"),
-    (FORGETS, [USER], "no tokens, or the template changes an answered prompt"),
-    (ASKS, [USER], "no tokens, or the template changes an answered prompt")])
-def test_a_chat_that_the_template_cannot_take_is_named(template, x, found):
-    with pytest.raises(kto.InputError, match=f"^rows.jsonl:3: .*{found}"):
-        decoded(byte_tokenizer(template), x, "Hello")
+def test_odd_but_usable_lines_are_read_without_a_word(tmp_path, capsys):
+    lines = (
+        "\ufeff" + GOOD + "\r\n"  # a byte order mark, and the end of a line on Windows
+        " \t\r\n"
+        '{"id": 7, "label": 0, "prompt": "2024-01-01", "completion": "12.50"}\n'
+        '{"prompt": "a\u2028b\x85c", "completion": " d ", "label": 1}\n')  # no ends of lines
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(lines.encode())
 
-# ---- The run -------------------------------------------------------------------------------------
+    # By 2, the second row is held out, although its line is the third.
+    read = []
+    for row in kto.read_rows(kto.Config(data=str(file), holdout=2), byte_tokenizer()):
+        text = decoded(row["prompt"], row["completion"])
+        read.append(f"{text} {row['label']} {row['is_held_out']}")
+    assert read == ["Hi -> Hello</s> True False", "2024-01-01 -> 12.50</s> False True",
+                    "a\u2028b\x85c ->  d </s> True False"]
+    assert capsys.readouterr() == ("", "")
 
-# 21 rows, of which every 5th, 4 in all, is held out. The 17 others make 6 steps an epoch (five of
-# 3 rows and one of 2) and 12 in all.
-STEPS, PER_EPOCH = 12, 6
-FLAGS = ("--batch_size", 3, "--micro_batch_size", 2, "--epochs", 2, "--holdout", 5, "--lr", 0.01)
+def settings_for(folder, letters, holdout=0, **others):
+    """Of a run on a row for each letter, which is prompt and completion; capitals are desirable."""
+    rows = [(letter, letter, letter.isupper()) for letter in letters]
+    return kto.Config(data=write_rows(folder / "rows.jsonl", rows), device="cpu", holdout=holdout,
+                      **others)
+
+# ---- A row as the model sees it ------------------------------------------------------------------
+
+LLAMA = (  # writes BOS itself, closes an answer with EOS, knows no system turn
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('no system turn') }}{% elif m.role == 'user' %}[INST]{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
+BARE = (  # no end token at all
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}")
+PHI = (  # EOS follows each chat that does not ask for an answer
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}a:{% else %}{{ eos_token }}{% endif %}")
+THINK_DROPPED = (  # a thought is opened when asked, of which an answered chat has nothing
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}")
+THINK_CLOSED = (  # a thought is opened when asked, which an answered chat closes at once
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")
+
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello"}
+CHAT = [{"role": "system", "content": "Be kind"}, USER, ANSWER, {"role": "user", "content": "Bye"}]
+
+def texts(tokenizer, prompt="Hi", completion="Hello"):
+    return decoded(*kto.encode({"prompt": prompt, "completion": completion}, tokenizer))
+
+def test_plain_texts_stay_as_they_are_between_the_tokenizers_bos_and_one_eos():
+    assert texts(byte_tokenizer(), "Hi ", " Hello\n") == "Hi  ->  Hello\n</s>"
+    assert texts(byte_tokenizer(adds_bos=True)) == "<s>Hi -> Hello</s>"
+    assert texts(byte_tokenizer(pad="</s>"), completion="Hello</s>") == "Hi -> Hello</s>"
+    assert texts(byte_tokenizer(), completion="A<pad>") == "Hi -> A<pad></s>"  # no end of a text
+
+@pytest.mark.parametrize("template, expected", [
+    (CHATML, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n -> Hello<|im_end|>"),
+    (LLAMA, "<s>[INST]Hi[/INST] ->  Hello</s>"),
+    (BARE, "user: Hi\nassistant:  -> Hello</s>"),
+    (PHI, "u:Hi<|im_end|>a: -> Hello<|im_end|></s>"),
+    (THINK_DROPPED, "<|user|>Hi<|assistant|> -> Hello</s>"),
+    (THINK_CLOSED, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>"
+                   " -> </think>Hello<|im_end|>")
+])
+def test_a_chat_is_what_its_template_writes_and_ends_once(template, expected):
+    # The tokenizer would add BOS to a text, and pads with EOS: neither makes a difference here.
+    tokenizer = byte_tokenizer(template, adds_bos=True, pad="</s>")
+    assert texts(tokenizer) == texts(tokenizer, [USER], [ANSWER]) == expected
+
+def test_the_prompt_of_several_turns_is_what_inference_asks_with():
+    tokenizer = byte_tokenizer(CHATML)
+    asked = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert "Be kind" in asked
+    assert texts(tokenizer, CHAT) == asked + " -> Hello<|im_end|>"
+
+SHOWS = "{% for m in messages if m.role == 'ROLE' %}{{ m.content }}{% endfor %}"
+
+@pytest.mark.parametrize("template, prompt, completion, found", [
+    (None, [USER], "Hello", "template cannot render it: .* is not set"),
+    (None, "Hi", [ANSWER], "template cannot render it: .* is not set"),
+    (LLAMA, CHAT, "Hello", "template cannot render it: no system turn"),
+    ("Say: {{ messages[-1].content }}", "Hi", "Bye", "'Hi'.*'Bye'"),  # changes the prompt
+    (SHOWS.replace("ROLE", "user"), "Hi", "Hello", "no token at all"),
+    (SHOWS.replace("ROLE", "assistant"), "Hi", "Hello", "no token at all")
+])
+def test_a_chat_that_a_template_cannot_take_is_refused_in_words(
+        template, prompt, completion, found):
+    with pytest.raises(ValueError, match=found):
+        texts(byte_tokenizer(template), prompt, completion)
+
+@pytest.mark.parametrize("x_tokens, y_tokens, expected", [
+    (8, 8, "<s>Tell me -> Tell me</s>"),
+    (7, 8, "Tell me -> Tell me</s>"),
+    (8, 7, "<s>Tell me -> Tell me"),  # it did not end there: no EOS
+    (2, 1, "me -> T")
+])
+def test_of_a_prompt_the_end_is_kept_and_of_a_completion_the_start(
+        tmp_path, x_tokens, y_tokens, expected):
+    config = settings_for(tmp_path, ["Tell me"], max_prompt_length=x_tokens,
+                      max_completion_length=y_tokens)
+    row = next(kto.read_rows(config, byte_tokenizer(adds_bos=True)))
+    assert decoded(row["prompt"], row["completion"]) == expected
+    assert row["prompt"].itemsize == row["completion"].itemsize == 4  # bytes for an id
+
+# ---- Batches -------------------------------------------------------------------------------------
+
+def trained_on(config):
+    """The letters of each batch, as one text."""
+    tokenizer = byte_tokenizer()
+    batches = kto.training_batches(config, tokenizer)
+    return ["".join(map(tokenizer.decode, batch["prompt"])) for batch in batches]
+
+def test_an_epoch_has_each_row_once_in_an_order_of_its_own_but_those_that_fill_no_batch(tmp_path):
+    # 13 = 3 * 4 + 1: the last row would be its own partner.
+    batches = trained_on(settings_for(tmp_path, "abcdefghijklm", batch_size=4, epochs=2))
+    first, second = "".join(batches[:3]), "".join(batches[3:])
+    assert len(first) == len(second) == len(set(first)) == len(set(second)) == 12
+    assert first != second and "abcdefghijkl" not in (first, second)
+
+def test_the_seed_decides_the_order(tmp_path):
+    config = settings_for(tmp_path, "abcdefghijkl", batch_size=4)
+    order = trained_on(config)
+    assert trained_on(config) == order
+    config.seed = 1
+    assert trained_on(config) != order
+
+def test_a_file_larger_than_the_shuffle_buffer_loses_and_doubles_no_row(tmp_path, monkeypatch):
+    # The buffer has 10,000 rows. Of each letter the only token is its number here, to be quick.
+    def encode(row, tokenizer):
+        return [ord(row["prompt"])], [0]
+
+    monkeypatch.setattr(kto, "encode", encode)
+    numbers = list(range(20_000, 30_050))
+    config = settings_for(tmp_path, map(chr, numbers), batch_size=201, epochs=1)
+    seen = []
+    for batch in kto.training_batches(config, None):
+        seen += [x[0] for x in batch["prompt"]]
+    assert sorted(seen) == numbers
+
+def test_every_kth_row_is_held_out_and_never_trained_on(tmp_path):
+    config = settings_for(tmp_path, "abCdeFghijkl", holdout=3, batch_size=4)  # c, f, i, l
+    held_out = kto.survey(config, byte_tokenizer())[0]
+    held_out = ", ".join(map(decoded, held_out["prompt"], held_out["completion"]))
+    assert held_out == "C -> C</s>, F -> F</s>, i -> i</s>, l -> l</s>"
+    assert set("".join(trained_on(config))) == set("abdeghjk")
+
+# ---- The survey ----------------------------------------------------------------------------------
+
+def survey(folder, letters, **others):
+    return kto.survey(settings_for(folder, letters, **others), byte_tokenizer())
+
+def test_what_will_be_trained_on_is_counted_and_one_row_shown_as_the_model_sees_it(
+        tmp_path, capsys):
+    # By 5, J and t are held out. The 8 capitals and 3 small letters left are 3 batches of 3 rows,
+    # and 2 rows are left over.
+    assert survey(tmp_path, "ABCDJEFGHtxyz", holdout=5, batch_size=3)[1] == 3
+    printed, bar = capsys.readouterr()
+    for fact in ("n_D = 8, n_U = 3; held out 2 rows, 1 of them desirable\n",
+                 "3 an epoch; 2 rows are left over", "\nprompt   z\n", "\nscored   z</s>\n"):
+        assert fact in printed
+    assert bar == ""  # where there is no terminal
+
+def test_the_longest_prompt_and_completion_are_found_held_out_or_not(tmp_path):
+    for letters in (["along", "b", "c"], ["a", "b", "along"]):  # the third is held out
+        longest = survey(tmp_path, letters, holdout=3, batch_size=2)[2]
+        assert decoded(**longest) == "along -> along</s>"
+
+def test_a_file_whose_rows_fill_no_batch_is_refused(tmp_path):
+    for letters in ("", "abcdefg", "abcdefgh"):  # the eighth is held out
+        with pytest.raises(kto.InputError, match="[07] rows .*--batch_size"):
+            survey(tmp_path, letters, batch_size=8, holdout=8)
+
+@pytest.mark.parametrize("letters, lambda_d, lambda_u, advice", [
+    ("Abcdefghijk", 1, 1, "= 0.1;.*--lambda_d 10 to 15\n"),  # 1 for 10, the example of §4.2
+    ("Abcdefghijk", 2, 1, "= 0.2;.*--lambda_d 10 to 15\n"),
+    # 4 / (0.5 * 5) = 1.6. The weight is 0.5 * 5 / 4 = 0.625, or half more.
+    ("ABCDefghi", 1, 0.5, "= 1.6;.*--lambda_d 0.625 to 0.9375\n"),
+    ("abcd", 1, 1, "WARNING  only one class"),
+    ("AbcD", 1, 0, "WARNING  only one class")  # the other weighs nothing
+])
+def test_unequal_classes_get_the_weight_of_eq_9_and_one_alone_a_warning(
+        tmp_path, capsys, letters, lambda_d, lambda_u, advice):
+    survey(tmp_path, letters, batch_size=2, lambda_d=lambda_d, lambda_u=lambda_u)
+    assert re.search(advice, capsys.readouterr().out)
+
+# ---- The models ----------------------------------------------------------------------------------
+
+def load_with(folder, x_tokens=28, device="cpu"):
+    """As in a run whose longest prompt has x_tokens, and whose longest completion has 100."""
+    longest = {"prompt": [5] * x_tokens, "completion": [6] * 100}
+    config = kto.Config(model=str(folder), device=device)
+    return kto.load_model(config, byte_tokenizer(), longest)
+
+def load_error(folder, x_tokens=28, device="cpu"):
+    """What is said, in one line, of a model that cannot be used."""
+    with pytest.raises(
+            kto.InputError, match=f"^--model {folder} on --device {device}: .*$") as error:
+        load_with(folder, x_tokens, device)
+    return str(error.value)
+
+def test_a_model_is_loaded_in_float32_on_the_device_that_is_named(tmp_path):
+    # In bfloat16, of 8 bits, the updates of a small learning rate are rounded away.
+    random_model().bfloat16().save_pretrained(tmp_path)
+    assert load_with(tmp_path).dtype == torch.float32
+    assert "device" in load_error(tmp_path, device="nowhere")
+
+def test_weights_that_are_lacking_are_named(tmp_path):
+    model = random_model()
+    weights = model.state_dict()
+    del weights["model.layers.1.mlp.up_proj.weight"]  # would be random
+    model.save_pretrained(tmp_path, state_dict=weights)
+    assert "lacks the weights ['model.layers.1.mlp.up_proj.weight']" in load_error(tmp_path)
+
+def test_weights_that_are_cut_short_are_refused(tmp_path):
+    random_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "incomplete" in load_error(tmp_path)
+
+def test_a_quantized_model_without_its_package_is_refused(tmp_path):
+    config = random_model().config
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path)
+    assert "GPTQ" in load_error(tmp_path)
+
+def test_a_model_that_is_too_short_is_refused_with_a_flag_to_lower(tmp_path):
+    random_model("gpt2").save_pretrained(tmp_path)
+    assert load_with(tmp_path)  # 28 + 100 tokens fit into 128
+    error = load_error(tmp_path, x_tokens=29)
+    assert re.search("128 tokens.*29.*--max_prompt_length", error)
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tmp_path):
+    random_model("bloom", vocab_size=261).save_pretrained(tmp_path)
+    assert load_with(tmp_path)  # 256 bytes and 5 special tokens
+    random_model("bloom", vocab_size=260).save_pretrained(tmp_path)
+    assert "261 ids" in load_error(tmp_path)
+
+def test_an_encoder_is_refused_since_it_sees_to_the_right(tmp_path):
+    random_model("bert", is_decoder=False).save_pretrained(tmp_path)
+    assert "causal" in load_error(tmp_path)
+
+def test_a_name_that_cannot_be_found_is_refused_with_the_reason(monkeypatch):
+    def offline(*_):
+        raise OSError("We couldn't connect to the hub.\nSee how to run offline.")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
+    with pytest.raises(kto.InputError, match="--model me/mine .*folder.*: We couldn't connect"):
+        kto.load_tokenizer(kto.Config(model="me/mine"))
+
+def test_a_tokenizer_without_end_token_is_refused(tmp_path):
+    byte_tokenizer(eos=None).save_pretrained(tmp_path)
+    with pytest.raises(kto.InputError, match="no EOS token"):
+        kto.load_tokenizer(kto.Config(model=str(tmp_path)))
+
+# ---- The toy -------------------------------------------------------------------------------------
+
+def test_the_toy_is_taught_undesirable_rows_and_a_fourth_of_the_others(tmp_path, monkeypatch):
+    rows = [(letter, letter, letter not in "bch") for letter in "abcdefghijkl"]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    config = kto.Config(data=data, device="cpu", holdout=3)
+    tokenizer, letters = byte_tokenizer(), []
+
+    def record(model, prompts, completions):
+        letters.extend(map(tokenizer.decode, prompts))
+        return model.model.norm.weight.sum(dim=0, keepdim=True)  # to be quick, no log-probs
+
+    # Held out are c, f, i and l; b and h are undesirable. That leaves a, d, e, g, j and k: of four
+    # the first is taught. In each of 500 steps there are 8 rows.
+    monkeypatch.setattr(kto, "completion_logps", record)
+    model = kto.tiny_model(config, tokenizer)
+    assert set(letters) == set("bhaj") and len(letters) == 500 * 8
+
+    # It climbs to what makes the rows likelier. AdamW goes lr a step if the gradient stays the
+    # same, here from 1 by 2.5e-3 a step, less and less: 500 * 2.5e-3 / 2 = 0.63 in all.
+    assert model.model.norm.weight.mean().item() == pytest.approx(1.63, abs=0.02)
+
+    # The same seed makes the same toy, another one another.
+    same_model = kto.tiny_model(config, tokenizer)
+    kto.tiny_model(dataclasses.replace(config, seed=1), tokenizer)
+    assert letters[:4000] == letters[4000:8000] != letters[8000:]
+    assert torch.equal(model.lm_head.weight, same_model.lm_head.weight)
+
+# ---- A small run ---------------------------------------------------------------------------------
+
+# Of 21 rows every fifth, 4 in all, is held out. The 17 others make 4 steps of 4 rows an epoch, with
+# one left over, and 20 steps in all.
+ROWS = [(f"Say {number}", "no" * (number % 4 + 1), number % 2 == 0) for number in range(21)]
+FLAGS = "--epochs 5 --batch_size 4 --holdout 5 --lr 0.01 --beta 0.3 --lambda_d 1.5 --lambda_u 0.75"
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """A folder with a model and a file of rows, for runs of about a second."""
-    torch.set_num_threads(1)  # threads only wait for each other in a model of this size
+    """A folder with a model, which has dropout, and rows, for runs of less than a second."""
     folder = tmp_path_factory.mktemp("small")
-    tokenizer = byte_tokenizer(CHATML, eos="<|im_end|>")
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, initializer_range=0.2, bos_token_id=None, eos_token_id=259))
-    tokenizer.save_pretrained(folder / "model")
+    model = random_model("gpt2", std=0.3, num_hidden_layers=1, resid_pdrop=0.1)
     model.save_pretrained(folder / "model")
-    write_rows(folder / "rows.jsonl", say(21))
+    byte_tokenizer().save_pretrained(folder / "model")
+    write_rows(folder / "rows.jsonl", ROWS)
     return folder
 
-def command(small, output, *flags):
-    return ("--model", small / "model", "--data", small / "rows.jsonl", "--output", output,
-            *FLAGS, *flags)
+def command(small, output, more):
+    """A command line as it would be typed; of a flag that is there twice, the later counts."""
+    files = f"--model {small}/model --data {small}/rows.jsonl --output {output}"
+    return f"kto.py {files} {FLAGS} {more}".split()
 
-@pytest.fixture
-def run(small, monkeypatch):
-    """run(output, *flags) is `python kto.py` on the small model and rows, in this process."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield lambda output, *flags: main(monkeypatch, *command(small, output, *flags))
-    for number, handler in zip(numbers, handlers):
-        signal.signal(number, handler)
+def start(small, output, more=""):
+    """python kto.py in this process, which then gets its Ctrl-C back; returns what is printed."""
+    ctrl_c, printed = signal.getsignal(signal.SIGINT), io.StringIO()
+    argv = mock.patch("sys.argv", command(small, output, more))
+    try:
+        with argv, contextlib.redirect_stdout(printed):
+            kto.main()
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return printed.getvalue()
 
 @pytest.fixture(scope="session")
 def whole(small, tmp_path_factory):
-    """The output of a run that nothing interrupted."""
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        main(monkeypatch, *command(small, output))
+    """The output of a run that nothing interrupts."""
+    output = tmp_path_factory.mktemp("whole")
+    start(small, output)
+    return output
+
+def stop_in_step(number, sent, small, output):
+    """The same run, which is sent a signal in the midst of this step, before the update."""
+    clip, steps = torch.nn.utils.clip_grad_norm_, itertools.count()
+
+    def clip_and_send(*args, **settings):
+        if next(steps) == number:
+            signal.raise_signal(sent)
+        return clip(*args, **settings)
+
+    with mock.patch("torch.nn.utils.clip_grad_norm_", clip_and_send):
+        with pytest.raises(SystemExit, match=str(128 + sent)):
+            start(small, output)
+
+@pytest.fixture(scope="session")
+def stopped(small, tmp_path_factory):
+    """The output of the same run, stopped by Ctrl-C in step 7."""
+    output = tmp_path_factory.mktemp("stopped")
+    stop_in_step(7, signal.SIGINT, small, output)
     return output
 
 def read_log(output):
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
+    """The lines of the log, without the seconds, which are never the same."""
+    log = []
+    for line in (output / "metrics.jsonl").read_text().splitlines():
+        log.append(json.loads(line))
+        assert log[-1].pop("seconds") > 0
+    return log
 
-    log = Path(output, "metrics.jsonl").read_text().splitlines()
-    log = [json.loads(line, parse_constant=refuse) for line in log]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in log]
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 def assert_same_result(output, whole):
-    weights = "model.safetensors"
-    assert Path(output, weights).read_bytes() == Path(whole, weights).read_bytes()
-    assert read_log(output) == read_log(whole)
-    assert not list(Path(output).glob("checkpoint*"))
+    """Bit for bit the same files, nothing left of the checkpoint, and in the log the same lines."""
+    log = {"metrics.jsonl": read_log(whole)}
+    assert contents(output) | {"metrics.jsonl": read_log(output)} == contents(whole) | log
 
-def saved_step(output):
-    return torch.load(Path(output, "checkpoint.pt"), weights_only=True)["step"]
+@pytest.fixture
+def refused(small, capfd):
+    """refused(output, flags) are the lines on stderr of a program that ends with status 2."""
+    def run(output, more):
+        argv = mock.patch("sys.argv", command(small, output, more))
+        with argv, pytest.raises(SystemExit, match="2"):
+            runpy.run_path(kto.__file__, run_name="__main__")
+        return capfd.readouterr().err.splitlines()
 
-def at_step(monkeypatch, number, act):
-    """Once, at the end of this training step, call act(policy); what it returns goes to the log."""
-    kto_step, numbers = kto.kto_step, iter(range(STEPS))
+    return run
 
-    def acting_step(policy, *args, train=True):
-        logged = kto_step(policy, *args, train=train)
-        if train and next(numbers) == number:
-            monkeypatch.setattr(kto, "kto_step", kto_step)
-            logged |= act(policy) or {}
-        return logged
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
-    monkeypatch.setattr(kto, "kto_step", acting_step)
+def test_a_checkpoint_is_named_after_all_that_decides_the_result(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("some rows")
+    config = kto.Config(data=data, output="here")
+    path = kto.checkpoint_path(config)
+    free = {"output", "device", "micro_batch_size", "save_every", "resume"}
+    for setting in vars(config).keys() - {"data"}:
+        other = dataclasses.replace(config, **{setting: "another"})
+        assert (kto.checkpoint_path(other).name == path.name) == (setting in free)
 
-class Killed(BaseException):
-    """Like SIGKILL, it is heard by nothing in the program."""
+    # The same place does not make it the same data.
+    data.write_text("other rows")
+    assert kto.checkpoint_path(config) != path
 
-def kill(*_):
-    raise Killed
-
-def offline(*_):
-    raise OSError("We couldn't connect to the hub.\nSee how to run the library in offline mode.")
-
-@pytest.mark.parametrize("flags, found", [
-    ("--batch_size 1", "--batch_size 1: must be finite and >= 2"),
-    ("--micro_batch_size 0", "--micro_batch_size 0: must be finite and >= 1"),
-    ("--epochs 0", "--epochs 0: must be finite and >= 1"),
-    ("--max_prompt_length 0", "--max_prompt_length 0: must be finite and >= 1"),
-    ("--max_completion_length 0", "--max_completion_length 0: must be finite and >= 1"),
-    *((f"--{name} -1", f"--{name} -1") for name in (
-        "beta", "lambda_d", "lambda_u", "lr", "holdout", "max_steps", "save_every", "seed")),
-    ("--lr nan", "--lr nan"),
-    ("--lr inf", "--lr inf"),
-    ("--beta large", "--beta: invalid float value: 'large'"),
-    ("--dtype float16", "--dtype: invalid choice: 'float16'"),
-    ("--batchsize 8", "unrecognized arguments: --batchsize 8"),
-    ("--data no-such-file", "No such file or directory: 'no-such-file'"),
-    ("--output data_sample.jsonl", "Not a directory: 'data_sample.jsonl"),
-    ("--model me/mine", "--model me/mine (offline? give a folder): We couldn't connect to the"),
-])
-def test_an_impossible_flag_is_one_line_and_status_2(flags, found, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["kto.py", *flags.split()])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(kto.__file__, run_name="__main__")
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and found in error and error.count("\n") == 1
-
-def test_a_model_that_is_not_there_is_named_and_nothing_written(run, tmp_path):
-    with pytest.raises(kto.InputError, match=f"--model {tmp_path}/none .*offline.*: "):
-        run(tmp_path / "output", "--model", tmp_path / "none")
-    assert not (tmp_path / "output").exists()
-
-def test_a_tokenizer_without_eos_is_refused_in_words(run, small, tmp_path):
+def test_a_run_goes_on_only_with_its_settings_and_data_and_is_else_left_alone(
+        small, stopped, whole, refused, tmp_path):
+    # The other model has the same weights and a chat template, the other file a row less.
     shutil.copytree(small / "model", tmp_path / "model")
-    byte_tokenizer(eos=None).save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").unlink()
-    with pytest.raises(kto.InputError, match="EOS"):
-        run(tmp_path / "output", "--model", tmp_path / "model")
+    byte_tokenizer(CHATML).save_pretrained(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", ROWS[:20])
+    before = contents(stopped)
+    others = f"--beta 0.2, --dtype bfloat16, --data {tmp_path}/rows.jsonl, --model {tmp_path}/model"
+    for other in others.split(","):
+        assert "--resume needs a checkpoint" in refused(stopped, f"--resume {other}")[-1]
+    assert contents(stopped) == before
 
-def test_the_program_ends_with_status_2_and_no_traceback(tmp_path):
-    file, output = tmp_path / "rows.jsonl", tmp_path / "output"
-    file.write_bytes(GOOD + b"\n[]\n")
-    done = subprocess.run([sys.executable, kto.__file__, "--data", file, "--output", output],
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"{file}:2: found []{A_ROW}\n"
-    assert not output.exists()
+    # Neither does a run go on that is complete, or never began.
+    before = contents(whole)
+    refused(whole, f"--resume --model {tmp_path}/model")
+    refused(tmp_path / "new", "--resume")
+    assert contents(whole) == before and not (tmp_path / "new").exists()
 
-def test_the_log_has_every_step_once_and_a_held_out_line_around_each_epoch(whole):
+class Code:
+    """What is saved of it makes a folder when it is loaded."""
+    def __reduce__(self):
+        return os.mkdir, ("it ran",)
+
+def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_is_run(
+        stopped, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = shutil.copytree(stopped, tmp_path / "output")
+    [path] = output.glob("checkpoint-*.pt")
+    cut_short = path.read_bytes()[:-1000]
+    for content in (b"", b"junk", cut_short, pickle.dumps(Code(), protocol=2)):
+        path.write_bytes(content)
+        before = contents(output)
+        assert "--resume needs a checkpoint" in refused(output, "--resume")[-1]
+        assert contents(output) == before
+    assert not Path("it ran").exists()
+
+KILLED_IN_ITS_THIRD_SAVE = """
+import os, runpy, signal, sys, torch
+save, saves = torch.save, []
+
+def save_half(state, path):
+    save(state, path)
+    saves.append(path)
+    if len(saves) == 3:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save_half
+torch.set_num_threads(1)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv.pop(0), run_name="__main__")
+"""
+
+def test_a_process_killed_while_it_saves_goes_on_from_the_checkpoint_before(
+        small, whole, tmp_path):
+    # Killed after 9 steps, with a checkpoint after 6: of the log, 3 lines come again.
+    flags = command(small, tmp_path, "--save_every 3")
+    program = [sys.executable, "-c", KILLED_IN_ITS_THIRD_SAVE, kto.__file__]
+    assert subprocess.run(program + flags, capture_output=True).returncode == -signal.SIGKILL
+    assert len(read_log(tmp_path)) == 9
+    start(small, tmp_path, "--resume --save_every 3")
+    assert_same_result(tmp_path, whole)
+
+# ---- The run -------------------------------------------------------------------------------------
+
+def test_the_log_has_each_step_once_and_held_out_figures_at_the_end_of_each_epoch(whole):
+    figures = {"loss", "z0", "kl", "accuracy", "reward_desirable", "reward_undesirable", "margin"}
     log = read_log(whole)
-    steps = [line for line in log if "lr" in line]
-    evals = [line for line in log if "lr" not in line]
-    assert [line["step"] for line in steps] == list(range(STEPS))
-    assert [line["step"] for line in evals] == [0, PER_EPOCH, STEPS]
-    rewards = {"reward_desirable", "reward_undesirable"}
-    assert steps[0].keys() >= rewards | {"loss", "z0", "kl", "margin", "grad_norm", "lr"}
-    assert all('"seconds": ' in line for line in open(whole / "metrics.jsonl") if '"lr"' in line)
-    assert evals[0].keys() >= {f"eval_{name}" for name in rewards | {"loss", "accuracy", "z0"}}
+    assert [entry["step"] for entry in log] == list(range(20))
+    for entry in log:
+        expected = figures | {"step", "grad_norm", "lr"}
+        if entry["step"] in (3, 7, 11, 15, 19):
+            expected |= {f"eval_{name}" for name in figures}
+        assert entry.keys() == expected
 
-def test_the_saved_model_has_the_held_out_figures_of_all_held_out_rows_together(small, whole):
-    # The log's last line, from the model in memory, again from the saved one: row by row, all 4
-    # held-out rows at once. (They are one batch of 3 rows and one of 1.)
+def test_the_learning_rate_warms_up_not_from_0_and_falls_to_a_tenth_along_a_cosine(whole):
+    # Of 20 steps a tenth, 2, is warm-up: 1/2, 2/2. The other 18 go from 1 down to 0.1: after 6,
+    # where the cosine of 60 degrees is 0.5, there is left 0.1 + 0.9 * (1 + 0.5) / 2 = 0.775.
+    lr = [entry["lr"] / 0.01 for entry in read_log(whole)]
+    assert [lr[0], lr[1], lr[7], lr[19]] == pytest.approx([0.5, 1.0, 0.775, 0.1])
+
+def load(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+def test_the_saved_model_has_the_figures_of_all_held_out_rows_together(small, whole):
+    # Rows 5, 10, 15 and 20 are one batch, so that each meets the completion of the next.
     tokenizer = transformers.AutoTokenizer.from_pretrained(whole)
-    policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-                         for folder in (whole, small / "model"))
-    config = kto.Config(data=str(small / "rows.jsonl"), holdout=5)
-    rows = [kto.encode(row, tokenizer, config) for row in kto.read_rows(config, held_out=True)]
-    x, y, labels = ([row[key] for row in rows] for key in ("prompt", "completion", "label"))
+    rows = list(kto.read_rows(kto.Config(data=small / "rows.jsonl"), tokenizer))[4::5]
+    batch = {}
+    for key in ("prompt", "completion", "label"):
+        batch[key] = [row[key] for row in rows]
+    with torch.no_grad():
+        figures = kto.kto_step(load(whole), load(small / "model"), batch, beta=0.3, lambda_d=1.5,
+                               lambda_u=0.75)
+    last = read_log(whole)[-1]
+    for name, value in figures.items():
+        assert last[f"eval_{name}"] == pytest.approx(value, rel=1e-4)
 
-    def reward(prompt, completion):
-        with torch.no_grad():
-            p, q = (kto.completion_logps(model, [prompt], [completion]).item()
-                    for model in (policy, reference))
-        return p - q
+@pytest.fixture(scope="session", params=["float32", "bfloat16"])
+def watched(request, small, tmp_path_factory):
+    """(output, arguments, settings) of a run, the last two as its training loop gets them."""
+    output = tmp_path_factory.mktemp(request.param)
+    with mock.patch("kto.train", wraps=kto.train) as train:
+        start(small, output, f"--epochs 1 --micro_batch_size 2 --dtype {request.param}")
+    return output, *train.call_args
 
-    r = [reward(*pair) for pair in zip(x, y)]
-    kl = sum(reward(*pair) for pair in zip(x, [y[1], y[2], y[3], y[0]])) / 4
-    z0 = max(0, kl)
-    losses = [1 / (1 + math.exp(0.1 * (a - z0 if good else z0 - a))) for a, good in zip(r, labels)]
-    assert labels == [True, False, True, False]
-    assert read_log(whole)[-1] == pytest.approx({
-        "step": STEPS,
-        "eval_loss": sum(losses) / 4,
-        "eval_accuracy": sum((a > z0) == good for a, good in zip(r, labels)) / 4,
-        "eval_z0": z0,
-        "eval_kl": kl,
-        "eval_reward_desirable": (r[0] + r[2]) / 2,
-        "eval_reward_undesirable": (r[1] + r[3]) / 2,
-        "eval_margin": (r[0] + r[2] - r[1] - r[3]) / 2,
-    }, rel=1e-4, abs=1e-5)
+def test_adamw_trains_the_policy_alone_with_the_settings_that_were_given(watched):
+    _, (policy, _, _, optimizer, *_), settings = watched
+    assert settings == {"beta": 0.3, "lambda_d": 1.5, "lambda_u": 0.75, "micro_batch_size": 2}
+    [group] = optimizer.param_groups
+    assert type(optimizer) is torch.optim.AdamW and group["weight_decay"] == 0.0
+    assert list(map(id, group["params"])) == list(map(id, policy.parameters()))
 
-def test_one_class_alone_trains_with_a_warning_and_logs_null_for_the_other(run, tmp_path, capsys):
-    data = write_rows(tmp_path / "rows.jsonl", say(6, 6))
-    run(tmp_path / "output", "--data", data, "--holdout", 0)
-    printed = capsys.readouterr()
-    assert printed.out.count("WARNING") == 1 and "only one class counts" in printed.out
-    assert "step/s" not in printed.err  # no progress bar where there is no terminal
-    for line in read_log(tmp_path / "output"):
-        assert line["reward_undesirable"] is None and line["margin"] is None
-        assert type(line["reward_desirable"]) is float
+def test_at_first_policy_and_reference_are_equal_in_spite_of_dropout_then_no_more(watched):
+    # A loss is lambda / 2. As no r is above z0, the accuracy is the share of undesirable rows.
+    first, second = read_log(watched[0])[:2]
+    figures = [first["reward_desirable"], first["reward_undesirable"], first["kl"], first["z0"]]
+    assert figures == [0.0, 0.0, 0.0, 0.0] != second["kl"]
+    undesirable = first["accuracy"]
+    assert first["loss"] == (1.5 * (1 - undesirable) + 0.75 * undesirable) / 2
 
-@pytest.mark.parametrize("number, status, step", [
-    (signal.SIGINT, 130, 2), (signal.SIGTERM, 143, PER_EPOCH - 1)])
-def test_an_interrupted_run_goes_on_to_the_same_bits(
-        number, status, step, run, small, whole, tmp_path, monkeypatch, capsys):
-    # The log is compared too: its rewards would start at 0 again if the policy of the checkpoint
-    # had become the reference. What changes no number may change: places and --save_every.
-    at_step(monkeypatch, step, lambda policy: os.kill(os.getpid(), number))
-    with pytest.raises(SystemExit) as stopped:
-        run(tmp_path / "output")
-    assert stopped.value.code == status and "--resume true" in capsys.readouterr().out
-    assert saved_step(tmp_path / "output") == step + 1
-    # At once: the evaluation that was due after 6 steps is left to the run that goes on.
-    assert [line["step"] for line in read_log(tmp_path / "output")] == [0, *range(step + 1)]
-    (tmp_path / "output").rename(tmp_path / "moved")
-    data = shutil.copy(small / "rows.jsonl", tmp_path)
-    run(tmp_path / "moved", "--resume", "true", "--data", data, "--save_every", 4)
+def test_policy_and_reference_end_as_what_is_saved_and_as_what_was_loaded(small, watched):
+    # bfloat16 is for the forward passes of each of the two; its weights stay float32.
+    output, (policy, reference, *_), _ = watched
+    is_rounded = "bfloat16" in output.name
+    x, y = [[65, 66]], [[67, 68, 69]]
+    for model, folder in ((policy, output), (reference, small / "model")):
+        assert model.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_rounded):
+            expected = kto.completion_logps(load(folder), x, y)
+        assert kto.completion_logps(model, x, y) == expected
+
+def test_fewer_than_two_held_out_rows_are_not_evaluated(small, tmp_path):
+    for holdout in (0, 20):
+        output = tmp_path / str(holdout)
+        start(small, output, f"--epochs 1 --holdout {holdout}")
+        assert "eval_loss" not in read_log(output)[-1]
+
+def test_one_class_alone_trains_with_a_warning_and_logs_null_for_the_other(small, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [("Say", "no", True)] * 8)
+    assert "WARNING" in start(small, tmp_path / "output", f"--data {data}")
+    last = read_log(tmp_path / "output")[-1]
+    assert last["reward_undesirable"] is None and last["reward_desirable"] > 0
+
+def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bits(small, stopped, whole, tmp_path):
+    # Step 7 was finished, with the evaluation after it. If the policy of the checkpoint became the
+    # reference, the rewards in the log would start at 0 again. Places may change.
+    assert read_log(stopped) == read_log(whole)[:8]
+    shutil.copytree(stopped, tmp_path / "moved")
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    start(small, tmp_path / "moved", f"--resume --data {data} --save_every 4")
     assert_same_result(tmp_path / "moved", whole)
 
-def test_a_killed_run_loses_only_the_steps_since_its_last_save(run, whole, tmp_path, monkeypatch):
-    # Killed in step 7, with a checkpoint after 3 and after 6 steps: step 6 is logged, and is run
-    # and logged again. An evaluation, too, stands beside the checkpoint at 6.
-    at_step(monkeypatch, 7, kill)
-    with pytest.raises(Killed):
-        run(tmp_path, "--save_every", 3)
-    assert saved_step(tmp_path) == 6 and read_log(tmp_path)[-1]["step"] == 6
-    run(tmp_path, "--save_every", 3, "--resume", "true")
+def test_sigterm_in_the_last_step_loses_nothing_either(small, whole, tmp_path):
+    stop_in_step(19, signal.SIGTERM, small, tmp_path)
+    start(small, tmp_path, "--resume --micro_batch_size 2")
     assert_same_result(tmp_path, whole)
 
-def test_a_signal_during_an_evaluation_is_obeyed_after_it(run, whole, tmp_path, monkeypatch):
-    kto_step = kto.kto_step
-
-    def interrupted(*args, train=True):
-        if not train:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return kto_step(*args, train=train)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kto, "kto_step", interrupted)
-        with pytest.raises(SystemExit, match="143"):
-            run(tmp_path)
-    assert saved_step(tmp_path) == 0 and len(read_log(tmp_path)) == 1
-    run(tmp_path, "--resume", "true")
-    assert_same_result(tmp_path, whole)
-
-def test_a_run_whose_log_was_lost_goes_on_with_a_new_one(run, tmp_path, monkeypatch):
-    at_step(monkeypatch, 3, lambda policy: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SystemExit):
-        run(tmp_path)
-    (tmp_path / "metrics.jsonl").unlink()
-    run(tmp_path, "--resume", "true")
-    assert [line["step"] for line in read_log(tmp_path) if "lr" in line] == list(range(4, STEPS))
-
-def test_a_kill_during_a_save_leaves_the_older_checkpoint(run, whole, tmp_path, monkeypatch):
-    save, saves = torch.save, []
-
-    def half_a_save(state, path):
-        save(state, buffer := io.BytesIO())
-        saves.append(path)
-        if len(saves) == 3:  # after 0, 2 and 4 steps
-            Path(path).write_bytes(buffer.getvalue()[: buffer.tell() // 2])
-            raise Killed
-        Path(path).write_bytes(buffer.getvalue())
-
-    monkeypatch.setattr(torch, "save", half_a_save)
-    with pytest.raises(Killed):
-        run(tmp_path, "--save_every", 2)
-    assert saved_step(tmp_path) == 2
-    run(tmp_path, "--resume", "true")
-    assert_same_result(tmp_path, whole)
-
-def test_a_process_that_is_killed_can_be_resumed(run, small, tmp_path):
-    log, flags = tmp_path / "metrics.jsonl", ("--epochs", 20, "--save_every", 2)
-    process = subprocess.Popen(
-        [sys.executable, kto.__file__, *map(str, command(small, tmp_path, *flags))],
-        stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 7):
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    logged = log.read_bytes().count(b'"lr"')
-    assert logged - 2 <= saved_step(tmp_path) <= logged
-    run(tmp_path, *flags, "--resume", "true")
-    steps = [line["step"] for line in read_log(tmp_path) if "lr" in line]
-    assert steps == list(range(20 * PER_EPOCH))
-
-def test_another_run_is_never_mixed_in_or_overwritten(run, whole, small, tmp_path, monkeypatch):
-    at_step(monkeypatch, 0, lambda policy: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SystemExit):
-        run(tmp_path)
-    other = tmp_path / "other.jsonl"
-    other.write_text((small / "rows.jsonl").read_text().replace("true", "false", 1))
-    files = [tmp_path / "checkpoint.pt", *whole.iterdir()]
-    before = [file.read_bytes() for file in files]
-    for output, flags, found in [
-        (tmp_path, ("--resume", "true", "--beta", 0.2), "a run with {'beta': 0.1}; use the same"),
-        (tmp_path, ("--resume", "true", "--lambda_u", 2), "{'lambda_u': 1.0}"),
-        (tmp_path, ("--resume", "true", "--lr", 0.02), "{'lr': 0.01}"),
-        (tmp_path, ("--resume", "true", "--seed", 1), "{'seed': 0}"),
-        (tmp_path, ("--resume", "true", "--batch_size", 4), "{'batch_size': 3}"),
-        (tmp_path, ("--resume", "true", "--epochs", 3), "{'epochs': 2}"),
-        (tmp_path, ("--resume", "true", "--holdout", 4), "{'holdout': 5}"),
-        (tmp_path, ("--resume", "true", "--model", "tiny"), f"'model': '{small / 'model'}'"),
-        (tmp_path, ("--resume", "true", "--data", other), "{'sha256 of the data': '.{64}'};"),
-        (tmp_path, (), "is in use; name another or, if cut short, --resume true"),
-        (whole, (), "is in use; name another or, if cut short, --resume true"),
-        (whole, ("--model", "tiny"), "is in use; name another or, if cut short, --resume true"),
-        (whole, ("--resume", "true"), "No such file or directory: .*checkpoint.pt"),
-        (tmp_path / "new", ("--resume", "true"), "No such file or directory: .*checkpoint.pt"),
-    ]:
-        with pytest.raises((kto.InputError, FileNotFoundError), match=found):
-            run(output, *flags)
-    assert [file.read_bytes() for file in files] == before and not (tmp_path / "new").exists()
-
-def test_a_checkpoint_cannot_run_code(run, tmp_path):
-    class Code:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "it ran"),)
-
-    torch.save({"step": Code()}, tmp_path / "checkpoint.pt")
-    with pytest.raises(Exception, match="Weights only load failed"):
-        run(tmp_path, "--resume", "true")
-    assert not (tmp_path / "it ran").exists()
-
-def test_the_tiny_model_can_be_trained_again_in_its_own_folder(run, small, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kto, "tiny_model", lambda config: kto.load_model(
-        kto.dataclasses.replace(config, model=str(small / "model"))))
-    again = ("--model", "tiny", "--max_steps", 3, "--holdout", 0, "--save_every", 2)
-    for _ in range(2):  # `python kto.py` typed twice
-        run("kto-tiny", *again)
-    assert [line["step"] for line in read_log("kto-tiny")] == [0, 1, 2]
-    with pytest.raises(kto.InputError, match="kto-tiny is in use"):
-        run("kto-tiny", "--model", small / "model")
-    # The checkpoint of an earlier run is not the later run's.
-    for step in (2, 0):
-        at_step(monkeypatch, step, kill)
-        with pytest.raises(Killed):
-            run("kto-tiny", *again)
-        assert saved_step("kto-tiny") == step
-
-def test_what_is_too_long_is_counted_before_the_training(run, tmp_path, capsys):
-    # A prompt is "<|im_start|>user\nSay N<|im_end|>\n<|im_start|>assistant\n", of 24 or 25 tokens;
-    # a completion N<|im_end|> or no<|im_end|>. 21 rows: 11 prompts of two digits, 16 completions
-    # of three tokens: 10, 12 ... 20 and each "no".
-    run(tmp_path, "--max_prompt_length", 24, "--max_completion_length", 2)
-    assert "cut      11 prompts and 16 completions" in capsys.readouterr().out
-
-def test_a_chat_that_the_template_cannot_take_stops_the_run_before_it_trains(
-        run, small, tmp_path):
-    shutil.copytree(small / "model", tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").write_text(LLAMA)
-    chat = {"prompt": [SYSTEM, USER], "completion": "Hello", "label": True}
-    data = tmp_path / "rows.jsonl"
-    data.write_bytes((GOOD + b"\n") * 9 + json.dumps(chat).encode())
-    with pytest.raises(kto.InputError, match="rows.jsonl:10: .*no system turn"):
-        run(tmp_path / "output", "--model", tmp_path / "model", "--data", data)
-    assert not (tmp_path / "output").exists()
-
-@pytest.mark.parametrize("act, found", [
-    (lambda policy: {"loss": math.nan}, "step 4: loss nan, "),
-    (lambda policy: policy.lm_head.weight.grad.fill_(math.inf).sum() and None,
-     "step 4: loss .*, grad_norm inf"),
-])
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
-        act, found, run, tmp_path, monkeypatch):
-    at_step(monkeypatch, 4, act)
-    with pytest.raises(SystemExit, match=found):
-        run(tmp_path, "--save_every", 3)
-    assert [line["step"] for line in read_log(tmp_path)] == [0, 0, 1, 2, 3]
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 3
-    assert all(weight.isfinite().all() for weight in state["policy"].values())
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before(
+        refused, tmp_path):
+    # With a learning rate of 1e30 the weights of step 0 are such that step 1 overflows.
+    assert re.match("step 1: .*nan.*--lr", refused(tmp_path, "--lr 1e30 --save_every 1")[-1])
+    assert len(read_log(tmp_path)) == len(list(tmp_path.glob("checkpoint-*.pt"))) == 1
     assert not (tmp_path / "model.safetensors").exists()
 
-def test_the_chart_puts_each_number_in_its_place(capsys):
-    # From -6 to 4 nats over 11 columns: a column is one nat. A later mark of z, U, D covers an
-    # earlier one, and an absent class has none.
-    def step(number, z0, u, d):
-        return {"step": number, "z0": z0, "reward_undesirable": u, "reward_desirable": d}
+# ---- The chart -----------------------------------------------------------------------------------
 
-    kto.chart([step(0, 0.0, 0.0, 0.0), step(1, 1.0, -2.4, 4.0), step(2, 2.0, -6.0, None)], width=11)
-    assert capsys.readouterr().out == (
-        "\n  step  r from -6.0 to 4.0 nats: D desirable, U undesirable, z = z0\n"
-        "     0 |      D    |\n"
-        "     1 |    U  z  D|\n"
-        "     2 |U       z  |\n")
-    # 40 steps are thinned to each third, and equal values do not divide by zero.
-    kto.chart([step(number, 0.0, None, None) for number in range(40)])
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert [int(row[:6]) for row in rows] == list(range(0, 40, 3))
+def chart(z0, undesirable, desirable):
+    """The line of step 7. Of its 71 columns 35 is 0; with this beta a column is 0.2 nats."""
+    entry = {"step": 7, "z0": z0, "reward_undesirable": undesirable, "reward_desirable": desirable}
+    return kto.chart(entry, beta=0.5)
 
-# ---- It learns what the paper says it learns -----------------------------------------------------
+def test_the_chart_puts_each_mark_in_its_place():
+    # U is at 35 - 2.0 / 0.2 = 25, z at 35, and D at 35 + 3.12 / 0.2 = 50.6, rounded 51.
+    line = chart(z0=0.0, undesirable=-2.0, desirable=3.12)
+    assert line == f"     7 {'.' * 25}U{'.' * 9}z{'.' * 15}D{'.' * 19}"
+
+def test_what_is_too_far_for_the_chart_is_at_its_edge_and_what_is_absent_nowhere():
+    assert chart(z0=7.2, undesirable=-7.2, desirable=None) == f"     7 U{'.' * 69}z"
+
+# ---- The command ---------------------------------------------------------------------------------
+
+def test_a_run_shows_chart_figures_and_three_answers_before_and_after(small, tmp_path):
+    printed = start(small, tmp_path)
+    log, tokenizer = read_log(tmp_path), byte_tokenizer()
+
+    # 20 steps in at most 16 lines: every second one.
+    lines = [kto.chart(entry, beta=0.3) for entry in log[::2]]
+    assert re.findall(r" +\d+ [.zUD]{71}", printed) == lines
+    z0 = [entry["z0"] for entry in log if entry["z0"] > 0]
+    assert f"loss {log[-1]['eval_loss']:.3f}" in printed
+    assert re.search(f"in {len(z0)} of 20 steps, .*{max(z0):.1f} nats", printed)
+
+    answers = ""
+    for prompt in ("Say 4", "Say 9", "Say 14"):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        answers += f"\n{prompt}\n"
+        for name, folder in (("before", small / "model"), ("after ", tmp_path)):
+            both = load(folder).generate(ids, max_new_tokens=64, do_sample=False)[0]
+            answer = tokenizer.decode(both, skip_special_tokens=True).removeprefix(prompt)
+            answers += f"  {name} {answer.strip()}\n"
+    assert answers in printed and "Say 19\n  before" not in printed
+
+def test_an_output_that_is_in_use_is_refused(whole, stopped, refused):
+    for output in (whole, stopped):
+        before = contents(output)
+        assert "is in use" in refused(output, "")[-1]
+        assert contents(output) == before
+
+def test_the_toy_may_be_run_again_and_again_in_its_own_folder(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with mock.patch("kto.tiny_model", return_value=random_model(vocab_size=999)):
+        start(small, "kto-tiny", "--model tiny --epochs 2 --holdout 0")
+        start(small, "kto-tiny", "--model tiny --epochs 1 --holdout 0")
+    assert len(read_log(Path("kto-tiny"))) == 5
+
+def test_the_sample_is_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(kto.Config.data).read_text()
+
+def test_what_cannot_be_used_is_one_line_and_status_2(refused, tmp_path):
+    data, output = tmp_path / "rows.jsonl", tmp_path / "output"
+    data.write_text("[]")
+    [line] = refused(output, f"--data {data}")
+    assert line.startswith(f"{data}:1: ")
+    [line] = refused(output, f"--data {tmp_path}/none")
+    assert "No such file" in line
+    assert not output.exists()
+
+# ---- It learns what the paper says it learns: the task -------------------------------------------
 # 64 questions of one token; an answer is one of 16 tokens, then END. A table says what is right.
 # The reference was taught right and random answers, half and half. What it answers is labelled,
 # right = desirable, and the policy is told nothing else. Success is counted: the share of right
 # answers among 1,024 that are sampled at temperature 1. The comments give it for seeds 0 to 5.
 
-torch.set_num_threads(1)  # at this size a second thread only costs, ten times over if it must wait
-SEED, END, QUESTIONS = 0, 16, range(17, 81)
+SEED = 0
+END = 16
+QUESTIONS = range(17, 81)
 RIGHT = dict(zip(QUESTIONS, random.Random(5).choices(range(16), k=64)))
 
-def answers(model, per_question, length=2):
-    torch.manual_seed(SEED)
-    x = torch.tensor([[q] for q in QUESTIONS] * per_question, device=kto.DEVICE)
-    texts = model.generate(x, attention_mask=torch.ones_like(x), do_sample=True, top_k=0,
-                           max_new_tokens=length, pad_token_id=END)
-    return [(q, y) for q, *y in texts.tolist()]
-
-def success(model, length=2):
-    found = answers(model, 16, length)
-    return sum(y == [RIGHT[q], END][:length] for q, y in found) / len(found)
-
-def labelled(model, phrase=()):
-    """2,048 answers of the model, with `phrase` before END: (the right ones, the wrong ones)."""
-    rows = [{"prompt": [q], "completion": [y, *phrase, END], "label": y == RIGHT[q],
-             "cut": [False, False]} for q, [y] in answers(model, 32, length=1)]
-    return [row for row in rows if row["label"]], [row for row in rows if not row["label"]]
-
-def trained(reference, rows, epochs, **settings):
-    """(the policy after `epochs` over `rows`, what each step returned)"""
-    config = kto.Config(batch_size=32, micro_batch_size=32, dtype="float32", **settings)
-    policy = copy.deepcopy(reference).requires_grad_(True)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.0)
-    order, log = random.Random(SEED), []
-    for _ in range(epochs):
-        rows = order.sample(rows, len(rows))
-        for start in range(0, len(rows) - 1, 32):  # a last batch of one row is left out
-            log.append(kto.kto_step(policy, reference, rows[start : start + 32], config))
-            optimizer.step()
-            optimizer.zero_grad()
-    return policy, log
-
-@pytest.fixture(scope="module")
-def half_right():
-    torch.manual_seed(SEED)
-    dice = random.Random(SEED)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+@functools.cache
+def half_right(seed):
+    """The reference: it answers about half of the questions right."""
+    torch.manual_seed(seed)
+    dice = random.Random(seed)
+    config = transformers.LlamaConfig(
         vocab_size=81, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=4, bos_token_id=None, eos_token_id=END)).to(kto.DEVICE)
+        num_attention_heads=4, bos_token_id=None, eos_token_id=END)
+    model = transformers.LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters())
+
     for step in range(100):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 100)
-        x = dice.choices(QUESTIONS, k=64)
-        y = [[RIGHT[q] if dice.random() < 0.5 else dice.randrange(16), END] for q in x]
-        (-kto.completion_logps(model, [[q] for q in x], y).mean()).backward()
+        rows = []
+        for question in dice.choices(QUESTIONS, k=64):
+            answer = RIGHT[question] if dice.random() < 0.5 else dice.randrange(16)
+            rows.append({"prompt": [question], "completion": [answer, END]})
+        loss = -logps(model, rows).mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval().requires_grad_(False)
 
-def test_labels_alone_teach_what_is_right(half_right):
-    good, bad = labelled(half_right)
-    policy, _ = trained(half_right, good + bad, epochs=2, beta=1.0)
-    assert 0.4 < success(half_right) < 0.6  # 0.48 0.52 0.46 0.48 0.50 0.46
-    assert success(policy) >= 0.9  # 1.00 1.00 0.97 1.00 1.00 1.00
+def sampled(model, per_question, length, seed):
+    """Answers of `length` tokens to each question: a list of (question, answer)."""
+    torch.manual_seed(seed)
+    x = tensor([[question] for question in QUESTIONS] * per_question)
+    texts = model.generate(x, attention_mask=torch.ones_like(x), do_sample=True, top_k=0,
+                           max_new_tokens=length, pad_token_id=END)
+    return [(question, answer) for question, *answer in texts.tolist()]
 
-def test_a_fifth_of_the_labels_may_be_wrong(half_right):
-    good, bad = labelled(half_right)
-    dice = random.Random(SEED)
-    rows = [row | {"label": row["label"] ^ (dice.random() < 0.2)} for row in good + bad]
-    policy, _ = trained(half_right, rows, epochs=2, beta=1.0)
-    assert success(policy) > 0.8  # 0.90 0.96 0.93 0.92 0.99 0.94
+def success(model, seed, length=2):
+    """The share of 1,024 sampled answers that are right and, if length is 2, then end."""
+    right = []
+    for question, answer in sampled(model, 16, length, seed):
+        right.append(answer == [RIGHT[question], END][:length])
+    return sum(right) / len(right)
 
-def test_one_desirable_row_for_nine_is_enough_with_the_weights_of_eq_9_and_only_so(half_right):
-    good, bad = labelled(half_right)
+def feedback(seed, wrong=0.0, phrase=()):
+    """2,048 rows: the reference's answers, `phrase` after each, a share of the labels wrong."""
+    dice = random.Random(seed)
+    rows = []
+    for question, [answer] in sampled(half_right(seed), 32, 1, seed):
+        label = answer == RIGHT[question]
+        if dice.random() < wrong:
+            label = not label
+        rows.append({"prompt": [question], "completion": [answer, *phrase, END], "label": label})
+    return rows
+
+def with_label(rows, label):
+    return [row for row in rows if row["label"] == label]
+
+# What a method passes over, in a new order each time: all rows, or what it makes of them.
+
+def shuffled(rows, dice):
+    return dice.sample(rows, len(rows))
+
+def desirable_only(rows, dice):
+    return shuffled(with_label(rows, True), dice)
+
+def paired(rows, dice):
+    """For DPO: a desirable row, an undesirable one of the same question, and so on in turn.
+
+    No row is lost, since the rarer of a question's two classes is repeated; each pass pairs anew,
+    and takes as many pairs as make up len(rows) rows.
+    """
+    pairs = []
+    order = shuffled(rows, dice)
+    for question in QUESTIONS:
+        asked = [row for row in order if row["prompt"] == [question]]
+        good, bad = with_label(asked, True), with_label(asked, False)
+        if good and bad:
+            for index in range(max(len(good), len(bad))):
+                pairs.append((good[index % len(good)], bad[index % len(bad)]))
+    return sum(dice.sample(pairs, len(rows) // 2), ())
+
+def paired_with_a_fifth_turned_round(rows, dice):
+    """Pairs as judges of pairs would give them, of whom a fifth are wrong, the same each pass."""
+    rows = list(paired(rows, random.Random(SEED)))
+    judges = random.Random(SEED)
+    for index in range(0, len(rows), 2):
+        if judges.random() < 0.2:
+            rows[index : index + 2] = rows[index + 1], rows[index]
+    pairs = list(zip(rows[0::2], rows[1::2]))
+    return sum(shuffled(pairs, dice), ())
+
+# ---- The other losses ----------------------------------------------------------------------------
+
+def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
+    """The DPO loss of each pair: (B,) (Rafailov et al. 2023, Eq. 7). All arguments: log-probs."""
+    r_chosen = chosen - reference_chosen  # (B,)
+    r_rejected = rejected - reference_rejected
+    return -torch.nn.functional.logsigmoid(beta * (r_chosen - r_rejected))
+
+def sft_loss(policy_logps, completions):
+    """The SFT loss of a batch: minus the log-prob of a completion token, mean over all of them."""
+    tokens = sum(len(y) for y in completions)
+    return -policy_logps.sum() / tokens
+
+def logistic_loss(policy_logps, reference_logps, z0, desirable, beta):
+    """kto_loss with -log sigmoid for 1 - sigmoid: it is steepest where a row is farthest off."""
+    r = policy_logps - reference_logps  # (B,)
+    gain = torch.where(desirable, r - z0, z0 - r)
+    return -torch.nn.functional.logsigmoid(beta * gain)
+
+def no_reference_point(policy_logps, reference_logps):
+    return tensor(0.0)
+
+def test_the_other_losses_worked_by_hand():
+    # beta = 1/2. DPO: r is 2 ln 3 + 1 and 1, -log sigmoid(ln 3) = -ln 3/4. With the pair turned
+    # round it is -log sigmoid(-ln 3) = -ln 1/4. With z0 = 1 the logistic loss has the same values.
+    r = tensor([2 * math.log(3) + 1, 1.0])
+    losses = dpo_loss(r - 20, r.flip(0) - 20, tensor(-20.0), tensor(-20.0), beta=0.5)
+    assert losses.tolist() == pytest.approx([math.log(4 / 3), math.log(4)], abs=1e-5)
+    losses = logistic_loss(r[0], 0.0, 1.0, desirable("DU"), beta=0.5)
+    assert losses.tolist() == pytest.approx([math.log(4 / 3), math.log(4)], abs=1e-5)
+
+    # SFT: 6 nats over three tokens and 1 nat over one are 7/4 a token. (Mean of rows: 3/2.)
+    assert sft_loss(tensor([-6.0, -1.0]), [[5, 6, 0], [0]]).item() == 1.75
+
+# ---- Training, the same for each method ----------------------------------------------------------
+
+def logps(model, rows):
+    """log pi(y|x) of each row: (B,)."""
+    x = [row["prompt"] for row in rows]
+    y = [row["completion"] for row in rows]
+    return kto.completion_logps(model, x, y)
+
+def kto_batch(policy, reference, rows, beta, loss=kto.kto_loss, point=kto.reference_point,
+              **weights):
+    """The mean KTO loss of a batch, or that of a variant with another loss or reference point."""
+    x = [row["prompt"] for row in rows]
+    y = [row["completion"] for row in rows]
+    y_next = y[1:] + y[:1]
+    policy_logps, policy_kl = kto.completion_logps(policy, x + x, y + y_next).chunk(2)
+    with torch.no_grad():
+        reference_logps, reference_kl = kto.completion_logps(reference, x + x, y + y_next).chunk(2)
+    z0 = point(policy_kl, reference_kl)
+    desirable = tensor([row["label"] for row in rows])
+    return loss(policy_logps, reference_logps, z0, desirable, beta, **weights).mean()
+
+def logistic_batch(policy, reference, rows, beta):
+    return kto_batch(policy, reference, rows, beta, loss=logistic_loss)
+
+def dpo_batch(policy, reference, rows, beta):
+    """The mean DPO loss of a batch in which chosen and rejected rows take turns."""
+    policy_logps = logps(policy, rows)
+    with torch.no_grad():
+        reference_logps = logps(reference, rows)
+    losses = dpo_loss(
+        policy_logps[0::2], policy_logps[1::2], reference_logps[0::2], reference_logps[1::2], beta)
+    return losses.mean()
+
+def sft_batch(policy, reference, rows, beta):
+    """The SFT loss of a batch, which knows neither reference nor beta."""
+    return sft_loss(logps(policy, rows), [row["completion"] for row in rows])
+
+def train(rows, seed, batch_loss, items, beta, learning_rate, passes, **settings):
+    """The policy as it is after each pass: a list."""
+    reference = half_right(seed)
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
+    dice = random.Random(seed)
+    policies = []
+
+    for _ in range(passes):
+        order = items(rows, dice)
+        for start in range(0, len(order) - 1, 32):  # a last batch of one row is left out
+            batch = order[start : start + 32]
+            loss = batch_loss(policy, reference, batch, beta, **settings)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        policies.append(copy.deepcopy(policy))
+    return policies
+
+# Each method at its own best setting for each share of wrong labels: beta, learning rate, passes.
+# Tuned on seeds from 100 on, which the table does not use. With a fifth wrong: four seeds, the same
+# grid for each method, learning rate 5e-4, 1e-3, 2e-3, passes 1, 2, 4, beta 0.1, 0.3, 1, and wider
+# where the best lay at an edge. For the other shares: three seeds, the best three to six of these.
+METHODS = {
+    "KTO": (kto_batch, shuffled,
+            {0.0: (1.0, 2e-3, 4), 0.2: (1.0, 1e-3, 4), 0.3: (1.0, 1e-3, 2)}),
+    "logistic KTO": (logistic_batch, shuffled,
+                     {0.0: (0.3, 2e-3, 4), 0.2: (0.1, 1e-3, 4), 0.3: (0.1, 1e-3, 4)}),
+    "DPO": (dpo_batch, paired,
+            {0.0: (0.3, 2e-3, 4), 0.2: (0.3, 2e-3, 2), 0.3: (0.3, 5e-4, 4)}),
+    "SFT": (sft_batch, desirable_only,
+            {0.0: (None, 2e-3, 8), 0.2: (None, 2e-3, 1), 0.3: (None, 2e-3, 2)}),
+}
+
+@functools.cache
+def learned(name, wrong, seed, passes=None):
+    """The success of a method after each pass, with a share of the labels wrong: a list."""
+    batch_loss, items, best = METHODS[name]
+    beta, learning_rate, best_passes = best[wrong]
+    rows = feedback(seed, wrong)
+    policies = train(rows, seed, batch_loss, items, beta, learning_rate, passes or best_passes)
+    return [success(policy, seed) for policy in policies]
+
+def unequal(seed, lambda_d):
+    """The success where one row is desirable for nine that are not."""
+    good, bad = with_label(feedback(seed), True), with_label(feedback(seed), False)
     rows = good[: len(bad) // 9] + bad  # about 115 + 1,030: some questions have no desirable row
-    weighted, _ = trained(half_right, rows, epochs=4, beta=0.5, lambda_d=9.0)  # 9 n_D = n_U
-    plain, _ = trained(half_right, rows, epochs=4, beta=0.5)
-    assert success(weighted) > 0.8  # 0.95 1.00 0.93 0.97 0.92 0.98
-    assert success(plain) < 0.65  # 0.00 0.00 0.53 0.00 0.00 0.00
+    policies = train(rows, seed, kto_batch, shuffled, 0.5, 2e-3, 4, lambda_d=lambda_d)
+    return success(policies[-1], seed)
 
-def test_z0_keeps_the_loss_from_saturating_where_all_completions_grow_likelier(
-        half_right, monkeypatch):
-    # Another hand added four tokens to every answer, which the reference never writes there, and
-    # three rows of four are desirable: so the phrase is learned first, and all r grow, good or bad.
-    # z0 grows with them, and what is left to gain is r - z0: that good rows get more than bad ones.
+def likelier(seed, point):
+    """Where all completions grow likelier: (success, margin in r at the end).
+
+    Another hand added four tokens to every answer, which the reference never writes there, and
+    three rows of four are desirable: so the phrase is learned first, and all r grow, good or bad.
+    """
+    rows = feedback(seed, phrase=(20, 30, 40, 50))
+    good, bad = with_label(rows, True), with_label(rows, False)
+    bad = bad[: len(good) // 3]
+    policies = train(good + bad, seed, kto_batch, shuffled, 0.5, 2e-3, 3, point=point)
+
+    policy, reference = policies[-1], half_right(seed)
+    with torch.no_grad():
+        r_good = (logps(policy, good) - logps(reference, good)).mean()
+        r_bad = (logps(policy, bad) - logps(reference, bad)).mean()
+    return success(policy, seed, length=1), (r_good - r_bad).item()
+
+# ---- What it learns ------------------------------------------------------------------------------
+
+def test_labels_alone_teach_what_is_right_as_well_as_pairs_do():
+    before = success(half_right(SEED), SEED)
+    after = learned("KTO", 0.0, SEED, passes=2)[-1]
+    assert 0.4 < before < 0.6  # 0.47 0.52 0.46 0.48 0.50 0.46
+    assert after > 0.9  # 1.00 1.00 0.97 1.00 1.00 0.97
+    pairs = learned("DPO", 0.0, SEED, passes=2)[-1]
+    assert after > pairs - 0.05  # 0.98 1.00 0.99 0.96 0.98 0.97
+
+def test_a_fifth_of_the_labels_may_be_wrong():
+    after = learned("KTO", 0.2, SEED)[-1]
+    assert after > 0.85  # 0.96 0.98 0.92 0.97 0.96 0.93
+    assert after > learned("DPO", 0.2, SEED)[-1] - 0.05  # 0.94 0.94 0.93 0.90 0.91 0.92
+    assert after > learned("SFT", 0.2, SEED)[-1] + 0.1  # 0.75 0.78 0.75 0.78 0.80 0.74
+
+def test_from_one_pass_to_four_dpo_falls_on_wrong_pairs_and_kto_does_not_on_wrong_labels():
+    # Rows that look wrong lie where KTO's loss is flat (Proposition 4.1); DPO's is steepest there.
+    first, *_, last = learned("KTO", 0.2, SEED)
+    assert last > first  # from 0.89 0.95 0.87 0.88 0.90 0.88 to 0.96 0.98 0.92 0.97 0.96 0.93
+    items = paired_with_a_fifth_turned_round
+    policies = train(feedback(SEED), SEED, dpo_batch, items, 0.3, 2e-3, 4)
+    first, last = success(policies[0], SEED), success(policies[-1], SEED)
+    assert last < first - 0.02
+    # from 0.83 0.89 0.88 0.84 0.82 0.77 to 0.71 0.80 0.78 0.71 0.72 0.73
+
+def test_one_desirable_row_for_nine_is_enough_with_the_weights_of_eq_9_and_only_so():
+    assert unequal(SEED, lambda_d=9.0) > 0.8  # 0.94 0.97 0.89 0.92 0.92 1.00
+    assert unequal(SEED, lambda_d=1.0) < 0.65  # 0.00 0.00 0.53 0.00 0.00 0.00
+
+def test_z0_keeps_the_loss_from_saturating_where_all_completions_grow_likelier():
+    # z0 grows with all r, and what is left to gain is r - z0: good rows must get more than bad.
     # Held at 0, beta * r soon is 10: no good row can get better and no bad row is worth a try, both
     # are left without gradient (Eq. 10), and right and wrong answers stay as likely as they were.
-    good, bad = labelled(half_right, phrase=[20, 30, 40, 50])
-    rows = good + bad[: len(good) // 3]
-    policy, log = trained(half_right, rows, epochs=3, beta=0.5)
-    monkeypatch.setattr(kto, "reference_point", lambda policy_logps, _: torch.tensor(0.0))
-    held, held_log = trained(half_right, rows, epochs=3, beta=0.5)
-    margin, held_margin = (sum(step["margin"] for step in steps[-20:]) / 20
-                           for steps in (log, held_log))
-    assert max(step["z0"] for step in log) > 25  # 47 52 43 45 46 53 nats
-    assert success(policy, length=1) > 0.75  # 0.94 0.87 0.96 0.97 0.99 0.97
-    assert success(held, length=1) < 0.7  # 0.59 0.61 0.58 0.53 0.55 0.47
-    assert margin > 4 and held_margin < 2  # margins 7.8 to 9.9 and 0.3 to 1.4 nats
+    share, margin = likelier(SEED, kto.reference_point)
+    assert share > 0.8  # 0.96 0.95 0.96 0.98 0.98 0.96
+    assert margin > 5  # 9.9 10.0 10.5 11.2 10.5 8.7
+    share, margin = likelier(SEED, no_reference_point)
+    assert share < 0.75  # 0.59 0.59 0.57 0.51 0.54 0.47
+    assert margin < 3  # 0.7 0.3 1.3 1.0 0.5 0.5
 
 # ---- The first command, a real model, and what the README says -----------------------------------
 
 README = Path(kto.__file__).with_name("README.md").read_text()
 
-def block(start):
-    """The README's fenced Python block that starts with, or imports, this."""
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    return next(text for text in blocks if start in text)
+def code_of(start):
+    """What the README's block of Python defines, in which this text stands."""
+    for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        if start in block:
+            return block
+    raise LookupError(start)
 
-def test_the_first_command_learns(monkeypatch, tmp_path, capsys):
-    shutil.copy(Path(kto.__file__).with_name("data_sample.jsonl"), tmp_path)
+def defined_by(start):
+    names = {}
+    exec(code_of(start), names)
+    return names
+
+def test_the_first_command_learns_and_its_reference_point_lives(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kto.signal, "signal", lambda *_: None)
-    main(monkeypatch)  # python kto.py
-    log = read_log("kto-tiny")
-    before, *_, after = (line for line in log if "eval_loss" in line)
-    assert (before["eval_loss"], before["eval_z0"], before["eval_margin"]) == (0.5, 0.0, 0.0)
-    assert after["eval_accuracy"] >= 0.95 and after["eval_margin"] > 10
-    printed = capsys.readouterr().out
-    for fact in ("data ", "balance ", "steps ", "model ", "prompt ", "scored ", "cut "):
-        assert re.search(f"^{fact}.*\n", README, flags=re.MULTILINE)[0] in printed
-    figures = f"loss {round(after['eval_loss'], 4)}, accuracy {round(after['eval_accuracy'], 4)}"
-    assert f"held out, after 48 steps: {figures}" in printed
-    answers = re.findall(r"before (.*)\n  after  (.*)\n", printed)
-    assert len(answers) == 3 and all(was != is_now for was, is_now in answers)
-    words = set(re.findall(r"\w+", Path("data_sample.jsonl").read_text()))
-    for spoken in (re.findall(r"\w+", was) for was, _ in answers):  # the toy was taught to speak
-        assert sum(word in words for word in spoken) > 0.8 * len(spoken) > 0
-    model = transformers.AutoModelForCausalLM.from_pretrained("kto-tiny")
-    tokenizer = transformers.AutoTokenizer.from_pretrained("kto-tiny")
-    assert model.config.eos_token_id == tokenizer.eos_token_id
+    monkeypatch.setattr(sys, "argv", ["kto.py"])
+    with mock.patch("signal.signal"):
+        kto.main()
+    log = read_log(Path("kto-tiny"))
+    z0 = [entry["z0"] for entry in log]
+    assert sum(value > 0 for value in z0) > len(z0) / 2 and max(z0) > 5
+    assert log[-1]["eval_accuracy"] > 0.9
+    assert log[-1]["eval_reward_desirable"] > 10 > -10 > log[-1]["eval_reward_undesirable"]
 
-def test_real_model_starts_at_its_reference_and_learns(monkeypatch, tmp_path):
-    folder = os.environ.get("KTO_TEST_MODEL")
-    if not folder:
-        pytest.skip("needs: KTO_TEST_MODEL=FOLDER, a small chat model")
-    monkeypatch.setattr(kto.signal, "signal", lambda *_: None)
-    main(monkeypatch, "--model", folder, "--output", tmp_path, "--batch_size", 4, "--holdout", 0,
-         "--max_steps", 4, "--lr", 2e-5)
-    first, *_, last = read_log(tmp_path)
+    # It is rude before, in words of the sample, and what it says after is something else.
+    printed = capsys.readouterr().out
+    answers = re.findall(r"before (.*?)\..*\n  after  (.*?)\.", printed)
+    sample = Path(kto.Config.data).read_text()
+    assert len(answers) == 3
+    for before, after in answers:
+        assert re.search(f'"{before}.*false', sample) and re.search(f'"{after}.*true', sample)
+
+def test_an_estimate_over_the_references_own_answers_is_negative_in_expectation():
+    # The mean of log pi_theta - log pi_ref over all y, each weighted with pi_ref(y), is
+    # -KL(pi_ref || pi_theta). Here y is any one of 300 tokens, so all can be tried.
+    policy, reference = policy_and_reference()
+    tokens = [[token] for token in range(300)]
+    with torch.no_grad():
+        p, q = (kto.completion_logps(model, [[5]] * 300, tokens) for model in (policy, reference))
+    assert q.exp().sum() == pytest.approx(1)
+    assert (q.exp() * (p - q)).sum() < -0.01
+
+@pytest.mark.skipif("KTO_TEST_MODEL" not in os.environ, reason="needs KTO_TEST_MODEL=FOLDER")
+def test_a_real_model_starts_at_its_reference_and_learns(tmp_path):
+    folder = os.environ["KTO_TEST_MODEL"]
+    rows = Path(kto.Config.data).read_text().splitlines()[:16]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    flags = f"--model {folder} --data {tmp_path}/rows.jsonl --output {tmp_path}/output"
+    start(tmp_path, tmp_path / "output", f"{flags} --epochs 1 --holdout 0 --lr 2e-5")
+    first, *_, last = read_log(tmp_path / "output")
     assert (first["loss"], first["z0"], first["kl"]) == (0.5, 0.0, 0.0)
-    assert last["loss"] < 0.5 and (last["margin"] is None or last["margin"] > 0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    row = kto.encode(parsed("Hi", "Hello."), tokenizer, kto.Config())
-    chat = tokenizer.apply_chat_template(
-        parsed("Hi", "Hello.")["prompt"], tokenize=False, add_generation_prompt=True)
-    assert tokenizer.decode(row["prompt"]) == chat
-    assert row["completion"][-1] == tokenizer.eos_token_id
+    assert last["loss"] < 0.5
 
 def test_the_readmes_three_rows_are_right():
-    z0 = kto.reference_point(torch.tensor([3.0, -1.0, 1.0]), torch.zeros(3))
-    r, desirable = torch.tensor([4.0, -1.0, -6.0]), torch.tensor([True, False, True])
-    losses = kto.kto_loss(r, torch.zeros(3), z0, desirable)
+    z0 = kto.reference_point(tensor([3.0, -1.0, 1.0]), torch.zeros(3))
+    losses = kto.kto_loss(tensor([4.0, -1.0, -6.0]), torch.zeros(3), z0, desirable("DUD"))
     table = re.findall(r"\| (?:un)?desirable \|.*\| ([\d.]+) \|\n", README)
     assert losses.tolist() == pytest.approx([float(loss) for loss in table], abs=5e-5)
     assert f"is their mean, {losses.mean():.4f}" in README
 
 def test_the_readmes_training_step_is_the_step_of_this_file():
-    step = {}
-    exec(block("from kto import"), step)
-    policy, reference = policy_and_reference(raw_kl=1)
-    config = kto.dataclasses.replace(SETTINGS, beta=0.1, lambda_d=1.0, lambda_u=1.0)
-    logged = kto.kto_step(policy, reference, encoded(), config, train=False)
-    x, y, labels = ([row[key] for row in encoded()] for key in ("prompt", "completion", "label"))
+    step = defined_by("from kto import")["kto_training_step"]
+    policy, reference = policy_and_reference()
+    with torch.no_grad():
+        expected = kto.kto_step(policy, reference, batch_of("DUUDU"))["loss"]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    steps = [step["kto_training_step"](policy, reference, optimizer, x, y, torch.tensor(labels))
-             for _ in range(3)]
-    assert steps[0] == pytest.approx(logged["loss"], rel=1e-5)
-    assert steps[2] < steps[1] < steps[0]
+    losses = []
+    for _ in range(3):
+        losses.append(step(policy, reference, optimizer, PROMPTS, COMPLETIONS, desirable("DUUDU")))
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert losses[2] < losses[1] < losses[0]
 
-def test_the_readmes_thumbs_and_pairs_become_rows():
-    make = {}
-    exec(block("def thumbs_to_rows"), make)
-    rows = make["thumbs_to_rows"]([{"question": "a", "answer": "b", "thumb": "down"}])
-    rows += make["pairs_to_rows"]([{"prompt": "a", "chosen": "c", "rejected": "d"}])
-    rows = [kto.parse_row(json.dumps(row).encode()) for row in rows]
-    assert [(row["completion"][0]["content"], row["label"]) for row in rows] == [
-        ("b", False), ("c", True), ("d", False)]
+def test_the_readmes_converters_make_rows():
+    make = defined_by("def thumbs_to_rows")
+    events = [{"question": "a", "answer": "b", "thumb": thumb} for thumb in ("down", None, "up")]
+    rows = make["thumbs_to_rows"](events)
+    rows += make["pair_to_rows"]({"prompt": "a", "chosen": "b", "rejected": "b"})
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows.append(make["sharegpt_to_row"](turns, True))
+    labels = ""
+    for row in rows:
+        row = kto.parse_row(json.dumps(row).encode())
+        labels += "D" if row["label"] else "U"
+        prompt, completion = kto.encode(row, byte_tokenizer(CHATML))
+        assert byte_tokenizer().decode(completion) == "b<|im_end|>"
+    assert labels == "UDDUD"
 
 def test_the_readmes_rows_are_rows_and_its_metrics_those_of_the_log(whole):
     for line in re.search(r"```json\n(.*?)```", README, flags=re.DOTALL)[1].splitlines():
-        kto.parse_row(line.encode())
-    explained = set(re.findall(r"`(\w+)`", README.split("## Read the log")[1].split("Healthy")[0]))
-    assert explained >= set(read_log(whole)[1]) - {"step"}
+        kto.encode(kto.parse_row(line.encode()), byte_tokenizer(CHATML))
+    explained = set(re.findall(r"`(\w+)`", README.split("## Read the log")[1]))
+    assert explained >= read_log(whole)[0].keys() - {"step"}
 
 def test_the_readmes_script_takes_the_same_rows_to_trl(small, tmp_path):
     pytest.importorskip("trl", reason="needs: pip install trl==1.16.0")
     script = tmp_path / "kto_with_trl.py"
-    script.write_text(block("# kto_with_trl.py"))
-    done = subprocess.run(
-        [sys.executable, script, small / "model", small / "rows.jsonl", tmp_path / "output"],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    script.write_text(code_of("# kto_with_trl.py"))
+    output = tmp_path / "output"
+    done = subprocess.run([sys.executable, script, small / "model", small / "rows.jsonl", output],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "'loss': '0.5'" in done.stdout and "'kl': '0'" in done.stdout  # the first step
-    before, after = (transformers.AutoModelForCausalLM.from_pretrained(folder).lm_head.weight
-                     for folder in (small / "model", tmp_path / "output"))
-    assert not torch.equal(before, after)
+    assert (output / "model.safetensors").exists()
+
+# ---- The paper in miniature: python test_kto.py --------------------------------------------------
+
+def mean(bar, function, *arguments, **settings):
+    """The mean of what `function` returns with the seeds 0 to 3."""
+    results = []
+    for seed in range(4):
+        results.append(function(*arguments, seed=seed, **settings))
+        bar.update()
+    return tensor(results).mean(dim=0).tolist()
+
+def main():
+    bar = tqdm(total=4 * (3 * len(METHODS) + 4), unit=" trainings")
+    tqdm.write("right answers, mean of seeds 0 to 3; in brackets beta, learning rate, passes")
+    tqdm.write(f"{'':14}{'labels clean':25}{'a fifth wrong':25}30% wrong")
+    for name, method in METHODS.items():
+        best = method[2]
+        line = f"{name:14}"
+        for wrong, setting in best.items():
+            share = mean(bar, learned, name, wrong)[-1]
+            line += f"{share:.2f} {str(setting):20}"
+        tqdm.write(line)
+
+    tqdm.write("\none desirable row for nine                    success")
+    for lambda_d in (9.0, 1.0):
+        share = mean(bar, unequal, lambda_d=lambda_d)
+        tqdm.write(f"KTO, lambda_d = {lambda_d} {share:34.2f}")
+
+    tqdm.write("\nall completions grow likelier                 success  margin in nats")
+    for name, point in (("KTO", kto.reference_point), ("KTO, z0 = 0", no_reference_point)):
+        share, margin = mean(bar, likelier, point=point)
+        tqdm.write(f"{name:45} {share:7.2f} {margin:15.2f}")
+    bar.close()
+
+if __name__ == "__main__":
+    main()
