@@ -313,8 +313,8 @@ def render(messages, answer, tokenizer):
         other = tokenizer.apply_chat_template(messages + other_answer, tokenize=False)
     given = os.path.commonprefix([asked, answered, other])  # without the answer's first letters
     if len(given) < len(os.path.commonprefix([asked, unasked])):
-        changed, into = asked[len(given) :], answered[len(given) :]
-        raise ValueError(f"the chat template turns {changed!r:.80} into {into!r:.80} when answered")
+        raise ValueError(f"once answered, the chat template turns {asked[len(given):]!r:.80} into "
+                         f"{answered[len(given):]!r:.80}")
     return given, answered[len(given) :].rstrip()  # no newline after the end token
 
 def read_rows(config, tokenizer):
@@ -382,6 +382,7 @@ def tiny_model(config, tokenizer):
     """A toy: a small Llama, taught the undesirable rows and a fourth of the desirable ones. So it
     finds most of these unlikely, and z0 rises as it learns to write such completions."""
     torch.manual_seed(config.seed)
+    torch.set_num_threads(1)  # more would only wait for each other at this size
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
         hidden_size=128, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4))
@@ -475,8 +476,7 @@ def run(policy, reference, batches, held_out, per_epoch, config):
     file.writelines(json.dumps(entry) + "\n" for entry in log)
     for _ in log:  # skip the batches of the steps that are done
         next(batches)
-    # A signal is heard at once, and obeyed after the step in hand.
-    heard = []
+    heard = []  # signals: heard at once, obeyed after the step in hand
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda number, frame: heard.append(number))
 
