@@ -9,7 +9,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import inspect
 import io
 import itertools
 import json
@@ -111,15 +110,6 @@ def test_three_rows_worked_by_hand():
 def test_the_defaults_are_the_papers():
     assert kto.kto_loss.__defaults__ == (0.1, 1.0, 1.0)  # beta, lambda_d, lambda_u
 
-def by_the_paper(r, z0, labels, beta, lambda_d, lambda_u):
-    """Losses by Eq. 8, and the gradient of their mean by Eq. 10, in Python's own numbers."""
-    rows = []
-    for reward, is_desirable in zip(r, labels):
-        weight, sign = (lambda_d, 1) if is_desirable else (lambda_u, -1)
-        s = 1 / (1 + math.exp(-sign * beta * (reward - z0)))
-        rows.append([weight - weight * s, -sign * weight * beta * s * (1 - s) / len(r)])
-    return tensor(rows, dtype=torch.float64).T
-
 # The code of the paper's authors: ContextualAI/HALOs, commit 4831988, KTOTrainer.loss in train/
 # trainers.py, run unchanged in float32 with torch 2.13.0 on a CPU. Four batches of log-probs
 # and labels went in; z0, losses and the gradient of the mean loss came out. D: 1 if desirable.
@@ -154,39 +144,31 @@ HALOS = [
 ]
 
 @pytest.mark.parametrize("z0, weights, table", HALOS, ids=range(4))
-def test_value_and_gradient_are_those_of_the_paper_and_of_its_authors(z0, weights, table):
+def test_value_and_gradient_are_those_of_the_papers_authors(z0, weights, table):
     columns = tensor(numpy.loadtxt(table.splitlines())).T
     policy, reference, policy_next, reference_next, labels, losses, gradient = columns
-    labels = labels == 1
     policy.requires_grad_()
     policy_next.requires_grad_()
 
     def loss_of(policy):
         z0 = kto.reference_point(policy_next, reference_next)
-        return kto.kto_loss(policy, reference, z0, labels, *weights)
+        return kto.kto_loss(policy, reference, z0, labels == 1, *weights)
 
     loss_of(policy).mean().backward()
     assert policy_next.grad is None  # z0 is a constant
     assert torch.autograd.gradcheck(loss_of, policy)  # against finite differences
 
-    # The authors: as near as their float32, here rounded, allows.
+    # As near as their float32, here rounded, allows.
+    assert kto.reference_point(policy_next, reference_next).item() == pytest.approx(z0, abs=1e-5)
     assert_close(loss_of(policy), losses, rtol=2e-6, atol=1e-6)
     assert_close(policy.grad, gradient, rtol=2e-6, atol=1e-8)
-
-    # The paper: to all digits.
-    kl = (policy_next - reference_next).mean().item()
-    assert max(0, kl) == pytest.approx(z0, abs=1e-5)
-    r = (policy - reference).tolist()
-    losses, gradient = by_the_paper(r, max(0, kl), labels, *weights)
-    assert_close(loss_of(policy), losses, rtol=1e-10, atol=0)
-    assert_close(policy.grad, gradient, rtol=1e-10, atol=0)
 
 def test_a_row_far_from_z0_is_finite_and_has_no_gradient():  # Proposition 4.1
     r = tensor([1e4, -1e30, 1e30, -1e4], requires_grad=True)
     losses = kto.kto_loss(r, torch.zeros(4), 5.0, desirable("DDUU"))
     losses.sum().backward()
     assert losses.tolist() == [0.0, 1.0, 1.0, 0.0]
-    assert r.grad.tolist() == [0.0] * 4
+    assert not r.grad.any()
 
 def test_a_label_that_is_not_bool_is_refused():
     with pytest.raises(RuntimeError, match="bool"):
@@ -247,14 +229,14 @@ def test_log_probs_are_summed_in_float32_when_the_model_computes_in_bfloat16():
 
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ValueError, match="without tokens"):
-        kto.completion_logps(None, [[5], []], [[6], [7]])
+        kto.completion_logps(None, [[5], []], COMPLETIONS[:2])
     with pytest.raises(ValueError, match="shorter"):
-        kto.completion_logps(None, [[5], [6]], [[7]])
+        kto.completion_logps(None, PROMPTS, COMPLETIONS[:4])
 
 def test_rows_of_like_length_go_together_and_the_longest_come_first():
     # 1 + 5, 4 + 1, 1 + 8, 1 + 3 and 6 + 1 letters, which is 6, 5, 9, 4 and 7.
-    prompts = ["a", "aaaa", "a", "a", "aaaaaa"]
-    completions = ["bbbbb", "b", "bbbbbbbb", "bbb", "b"]
+    prompts = "a aaaa a a aaaaaa".split()
+    completions = "bbbbb b bbbbbbbb bbb b".split()
     parts = kto.micro_batches(prompts, completions, size=2)
     assert [index.tolist() for index, x, y in parts] == [[2, 4], [0, 1], [3]]
 
@@ -274,6 +256,15 @@ def policy_and_reference(raw_kl=1):
 def gradient_of(model):
     return [weight.grad for weight in model.parameters()]
 
+def by_the_paper(r, z0, labels, beta, lambda_d, lambda_u):
+    """Losses by Eq. 8, and the gradient of their mean by Eq. 10, in Python's own numbers."""
+    rows = []
+    for reward, is_desirable in zip(r, labels):
+        weight, sign = (lambda_d, 1) if is_desirable else (lambda_u, -1)
+        s = 1 / (1 + math.exp(-sign * beta * (reward - z0)))
+        rows.append([weight - weight * s, -sign * weight * beta * s * (1 - s) / len(r)])
+    return tensor(rows).T
+
 def plain_step(policy, reference, letters):
     """What kto_step does, one row after the other."""
     next_completions = COMPLETIONS[1:] + COMPLETIONS[:1]
@@ -285,7 +276,7 @@ def plain_step(policy, reference, letters):
     logps = plain_logps(policy, PROMPTS, COMPLETIONS)
     r = (logps - plain_logps(reference, PROMPTS, COMPLETIONS)).detach()
     labels = desirable(letters)
-    losses, gradient = by_the_paper(r, z0, labels, **SETTINGS).float()
+    losses, gradient = by_the_paper(r, z0, labels, **SETTINGS)
     logps.backward(gradient)
 
     good, bad = r[labels], r[~labels]
@@ -318,27 +309,23 @@ def test_a_step_equals_the_plain_computation_whatever_the_micro_batch(
     assert_close(gradient, gradient_of(policy), rtol=1e-4, atol=1e-6)
     assert set(gradient_of(reference)) == {None}
 
-@pytest.mark.parametrize("m", [2, 3, 5, 8])
-def test_each_prompt_meets_its_own_completion_once_and_the_next_rows_once(m, monkeypatch):
+def test_each_prompt_meets_its_own_completion_once_and_the_next_rows_once(monkeypatch):
     learned, scored = [], []
 
     def spy(model, prompts, completions):
         assert len(prompts) <= 3
         pairs = learned if torch.is_grad_enabled() else scored
-        pairs.extend(zip(prompts, completions))
+        pairs.extend(map("".join, zip(prompts, completions)))
         return torch.zeros(len(prompts), requires_grad=True)
 
     monkeypatch.setattr(kto, "completion_logps", spy)
-    rows = [[i] for i in range(m)]  # of row i, prompt and completion are the token i
-    batch = {"prompt": rows, "completion": rows, "label": [True] * m}
+    batch = {"prompt": "abcde", "completion": "ABCDE", "label": [True] * 5}  # a letter for a list
     kto.kto_step(random_model(), random_model(), batch, micro_batch_size=3)
 
     # Only the policy's own pairs are scored with a gradient. Without one, the reference scores
     # these too, and both models score the next row's.
-    own = [([i], [i]) for i in range(m)]
-    following = [([i], [(i + 1) % m]) for i in range(m)]
-    assert sorted(learned) == own
-    assert sorted(scored) == sorted(own + following + following)
+    assert sorted(learned) == "aA bB cC dD eE".split()
+    assert sorted(scored) == "aA aB aB bB bC bC cC cD cD dD dE dE eA eA eE".split()
 
 def test_evaluation_gives_the_figures_of_a_step_and_leaves_no_gradient():
     policy, reference = policy_and_reference()
@@ -347,14 +334,6 @@ def test_evaluation_gives_the_figures_of_a_step_and_leaves_no_gradient():
         figures = kto.kto_step(policy, reference, batch, **SETTINGS)
     assert set(gradient_of(policy)) == {None}
     assert figures == kto.kto_step(policy, reference, batch, **SETTINGS)
-
-def test_a_policy_that_is_still_the_reference_has_rewards_and_z0_of_exactly_0():
-    # Each loss is lambda / 2: (2 * 1.4 + 3 * 0.7) / 2 / 5 = 0.49. No reward is above z0, which is
-    # right for the three undesirable rows.
-    logged = kto.kto_step(random_model(), random_model(), batch_of("DUUDU"), **SETTINGS)
-    assert logged.pop("loss") == pytest.approx(0.49)
-    assert logged.pop("accuracy") == pytest.approx(3 / 5)
-    assert set(logged.values()) == {0}
 
 # ---- The training loop ---------------------------------------------------------------------------
 
@@ -401,22 +380,14 @@ def test_a_gradient_that_is_not_finite_stops_training_before_it_does_harm(lambda
 
 # ---- TRL -----------------------------------------------------------------------------------------
 
-# What KTOTrainer of TRL 1.16.0 (transformers 5.23.0, torch 2.13.0, CPU) logs in the test below, by
-# the sign of the raw KL: loss, kl (which is our z0) and grad_norm.
-TRL = {1: (0.4573870, 0.5496603, 0.5337766), -1: (0.5281099, 0.0, 0.6990590)}
-
-@pytest.mark.parametrize("raw_kl", TRL)
-def test_loss_z0_and_gradient_norm_equal_the_numbers_that_trl_gave(raw_kl):
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("raw_kl", [1, -1])
+def test_trl_has_the_same_loss_z0_and_gradient_norm(raw_kl, tmp_path):
+    trl = pytest.importorskip("trl", reason="needs: pip install trl==1.16.0")
     policy, reference = policy_and_reference(raw_kl)
     logged = kto.kto_step(policy, reference, batch_of("DUUDU"), **SETTINGS)
     norm = torch.nn.utils.get_total_norm(gradient_of(policy)).item()
-    assert (logged["loss"], logged["z0"], norm) == pytest.approx(TRL[raw_kl], rel=1e-5)
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("raw_kl", TRL)
-def test_trl_gives_those_numbers(raw_kl, tmp_path):
-    trl = pytest.importorskip("trl", reason="needs: pip install trl==1.16.0")
-    policy, reference = policy_and_reference(raw_kl)
+    policy.zero_grad()
 
     # TRL pairs x with the completion of the row *before*: in reverse order, that is the row after.
     columns = {**TEXTS, "label": desirable("DUUDU").tolist()}
@@ -434,7 +405,8 @@ def test_trl_gives_those_numbers(raw_kl, tmp_path):
                              processing_class=byte_tokenizer())
     trainer.train()
     log = trainer.state.log_history[0]
-    assert (log["loss"], log["kl"], log["grad_norm"]) == pytest.approx(TRL[raw_kl], rel=1e-5)
+    figures = [log["loss"], log["kl"], log["grad_norm"]]  # what TRL calls kl is our z0
+    assert figures == pytest.approx([logged["loss"], logged["z0"], norm], rel=1e-5)
 
 # ---- The flags -----------------------------------------------------------------------------------
 
@@ -453,11 +425,6 @@ def test_what_is_not_given_is_the_papers_or_follows_from_the_model(read_flags):
     assert (toy.output, named.output) == ("kto-tiny", "kto-chat-1B")
     assert (toy.lr, named.lr) == (5e-4, 5e-6)
 
-def test_what_is_given_stays_as_it_is(read_flags):
-    config = read_flags("--output there --lr 0.1 --device mps --dtype bfloat16 --resume")
-    given = {"output": "there", "lr": 0.1, "device": "mps", "dtype": "bfloat16", "resume": True}
-    assert vars(config).items() >= given.items()
-
 def test_an_impossible_value_is_refused_with_its_flag(read_flags):
     impossible = """--batch_size 1, --micro_batch_size 0, --epochs 0, --max_prompt_length 0,
         --max_completion_length 0, --holdout -1, --save_every -1, --seed -1, --beta -1,
@@ -467,11 +434,6 @@ def test_an_impossible_value_is_refused_with_its_flag(read_flags):
             read_flags(flag)
     with pytest.raises(SystemExit, match="2"):
         read_flags("--dtype float16")
-
-def test_help_shows_the_settings_with_their_comments(read_flags, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        read_flags("--help")
-    assert inspect.getsource(kto.Config) in capsys.readouterr().out
 
 @pytest.mark.parametrize("card, flags, expected", [
     ("none", "", "cpu float32"),
@@ -537,9 +499,6 @@ def test_each_kind_of_bad_row_is_refused_with_what_is_there_and_what_should_be(t
     for words in found.split(" ... "):
         assert words in message
 
-def test_a_long_line_is_not_shown_whole(tmp_path):
-    assert "JSON object" in refusal(tmp_path, "[" * 100_000)
-
 NO_MESSAGES = r"""5  ->  neither a text nor a list of messages: 5
 null  ->  neither a text nor a list of messages: None
 []  ->  neither a text nor a list of messages: []
@@ -558,12 +517,12 @@ def test_what_is_neither_text_nor_messages_is_refused_on_either_side(tmp_path, c
     assert found in refusal(tmp_path, GOOD.replace('"Hi"', value))
     assert found in refusal(tmp_path, GOOD.replace('"Hello"', value))
 
-def test_a_bad_row_is_refused_before_a_model_is_loaded(read_flags, tmp_path):
+def test_a_bad_row_is_refused_before_a_model_is_loaded_and_not_shown_whole(read_flags, tmp_path):
     # The folder has a tokenizer and no model: had it been asked for, the message would say so.
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text(GOOD + "\n{}")
+    (tmp_path / "rows.jsonl").write_text(GOOD + "\n" + "[" * 100_000)
     read_flags(f"--model {tmp_path}/model --data {tmp_path}/rows.jsonl --output {tmp_path}/new")
-    with pytest.raises(kto.InputError, match="rows.jsonl:2: no .*prompt"):
+    with pytest.raises(kto.InputError, match="rows.jsonl:2: not a JSON object.{,500}$"):
         kto.main()
 
 def decoded(prompt, completion):
@@ -665,7 +624,6 @@ def test_a_chat_that_a_template_cannot_take_is_refused_in_words(
         texts(byte_tokenizer(template), prompt, completion)
 
 @pytest.mark.parametrize("x_tokens, y_tokens, expected", [
-    (8, 8, "<s>Tell me -> Tell me</s>"),
     (7, 8, "Tell me -> Tell me</s>"),
     (8, 7, "<s>Tell me -> Tell me"),  # it did not end there: no EOS
     (2, 1, "me -> T")
@@ -686,8 +644,15 @@ def trained_on(config):
     batches = kto.training_batches(config, tokenizer)
     return ["".join(map(tokenizer.decode, batch["prompt"])) for batch in batches]
 
-def test_an_epoch_has_each_row_once_in_an_order_of_its_own_but_those_that_fill_no_batch(tmp_path):
+def test_an_epoch_has_each_row_once_in_an_order_of_its_own_but_those_that_fill_no_batch(
+        tmp_path, monkeypatch):
+    shuffle = datasets.IterableDataset.shuffle
+
+    def shuffle_less(rows, seed, buffer_size):  # as if the file had more rows than the buffer
+        return shuffle(rows, seed, buffer_size=5)
+
     # 13 = 3 * 4 + 1: the last row would be its own partner.
+    monkeypatch.setattr(datasets.IterableDataset, "shuffle", shuffle_less)
     batches = trained_on(settings_for(tmp_path, "abcdefghijklm", batch_size=4, epochs=2))
     first, second = "".join(batches[:3]), "".join(batches[3:])
     assert len(first) == len(second) == len(set(first)) == len(set(second)) == 12
@@ -700,24 +665,11 @@ def test_the_seed_decides_the_order(tmp_path):
     config.seed = 1
     assert trained_on(config) != order
 
-def test_a_file_larger_than_the_shuffle_buffer_loses_and_doubles_no_row(tmp_path, monkeypatch):
-    # The buffer has 10,000 rows. Of each letter the only token is its number here, to be quick.
-    def encode(row, tokenizer):
-        return [ord(row["prompt"])], [0]
-
-    monkeypatch.setattr(kto, "encode", encode)
-    numbers = list(range(20_000, 30_050))
-    config = settings_for(tmp_path, map(chr, numbers), batch_size=201, epochs=1)
-    seen = []
-    for batch in kto.training_batches(config, None):
-        seen += [x[0] for x in batch["prompt"]]
-    assert sorted(seen) == numbers
-
 def test_every_kth_row_is_held_out_and_never_trained_on(tmp_path):
     config = settings_for(tmp_path, "abCdeFghijkl", holdout=3, batch_size=4)  # c, f, i, l
     held_out = kto.survey(config, byte_tokenizer())[0]
-    held_out = ", ".join(map(decoded, held_out["prompt"], held_out["completion"]))
-    assert held_out == "C -> C</s>, F -> F</s>, i -> i</s>, l -> l</s>"
+    held_out = " ".join(map(decoded, held_out["prompt"], held_out["completion"]))
+    assert held_out == "C -> C</s> F -> F</s> i -> i</s> l -> l</s>"
     assert set("".join(trained_on(config))) == set("abdeghjk")
 
 # ---- The survey ----------------------------------------------------------------------------------
@@ -730,11 +682,10 @@ def test_what_will_be_trained_on_is_counted_and_one_row_shown_as_the_model_sees_
     # By 5, J and t are held out. The 8 capitals and 3 small letters left are 3 batches of 3 rows,
     # and 2 rows are left over.
     assert survey(tmp_path, "ABCDJEFGHtxyz", holdout=5, batch_size=3)[1] == 3
-    printed, bar = capsys.readouterr()
+    printed = capsys.readouterr().out
     for fact in ("n_D = 8, n_U = 3; held out 2 rows, 1 of them desirable\n",
                  "3 an epoch; 2 rows are left over", "\nprompt   z\n", "\nscored   z</s>\n"):
         assert fact in printed
-    assert bar == ""  # where there is no terminal
 
 def test_the_longest_prompt_and_completion_are_found_held_out_or_not(tmp_path):
     for letters in (["along", "b", "c"], ["a", "b", "along"]):  # the third is held out
@@ -748,7 +699,6 @@ def test_a_file_whose_rows_fill_no_batch_is_refused(tmp_path):
 
 @pytest.mark.parametrize("letters, lambda_d, lambda_u, advice", [
     ("Abcdefghijk", 1, 1, "= 0.1;.*--lambda_d 10 to 15\n"),  # 1 for 10, the example of §4.2
-    ("Abcdefghijk", 2, 1, "= 0.2;.*--lambda_d 10 to 15\n"),
     # 4 / (0.5 * 5) = 1.6. The weight is 0.5 * 5 / 4 = 0.625, or half more.
     ("ABCDefghi", 1, 0.5, "= 1.6;.*--lambda_d 0.625 to 0.9375\n"),
     ("abcd", 1, 1, "WARNING  only one class"),
@@ -793,12 +743,6 @@ def test_weights_that_are_cut_short_are_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     assert "incomplete" in load_error(tmp_path)
 
-def test_a_quantized_model_without_its_package_is_refused(tmp_path):
-    config = random_model().config
-    config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    config.save_pretrained(tmp_path)
-    assert "GPTQ" in load_error(tmp_path)
-
 def test_a_model_that_is_too_short_is_refused_with_a_flag_to_lower(tmp_path):
     random_model("gpt2").save_pretrained(tmp_path)
     assert load_with(tmp_path)  # 28 + 100 tokens fit into 128
@@ -815,46 +759,36 @@ def test_an_encoder_is_refused_since_it_sees_to_the_right(tmp_path):
     random_model("bert", is_decoder=False).save_pretrained(tmp_path)
     assert "causal" in load_error(tmp_path)
 
-def test_a_name_that_cannot_be_found_is_refused_with_the_reason(monkeypatch):
-    def offline(*_):
-        raise OSError("We couldn't connect to the hub.\nSee how to run offline.")
-
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
-    with pytest.raises(kto.InputError, match="--model me/mine .*folder.*: We couldn't connect"):
-        kto.load_tokenizer(kto.Config(model="me/mine"))
-
-def test_a_tokenizer_without_end_token_is_refused(tmp_path):
+def test_a_tokenizer_that_cannot_be_found_or_has_no_end_token_is_refused(tmp_path):
+    config = kto.Config(model=str(tmp_path))
+    with pytest.raises(kto.InputError, match=f"--model {tmp_path} .*give a folder"):
+        kto.load_tokenizer(config)
     byte_tokenizer(eos=None).save_pretrained(tmp_path)
     with pytest.raises(kto.InputError, match="no EOS token"):
-        kto.load_tokenizer(kto.Config(model=str(tmp_path)))
+        kto.load_tokenizer(config)
 
 # ---- The toy -------------------------------------------------------------------------------------
 
 def test_the_toy_is_taught_undesirable_rows_and_a_fourth_of_the_others(tmp_path, monkeypatch):
-    rows = [(letter, letter, letter not in "bch") for letter in "abcdefghijkl"]
-    data = write_rows(tmp_path / "rows.jsonl", rows)
-    config = kto.Config(data=data, device="cpu", holdout=3)
-    tokenizer, letters = byte_tokenizer(), []
+    config = settings_for(tmp_path, "AbcDEFGhIJKL", holdout=3)
+    tokenizer, taught = byte_tokenizer(), []
 
     def record(model, prompts, completions):
-        letters.extend(map(tokenizer.decode, prompts))
-        return model.model.norm.weight.sum(dim=0, keepdim=True)  # to be quick, no log-probs
+        taught.extend(map(tokenizer.decode, prompts))
+        return model.lm_head.weight.sum(dim=1)  # to be quick, no log-probs
 
-    # Held out are c, f, i and l; b and h are undesirable. That leaves a, d, e, g, j and k: of four
-    # the first is taught. In each of 500 steps there are 8 rows.
+    # Held out are c, F, I and L; b and h are undesirable. That leaves A, D, E, G, J and K: of four
+    # the first is taught.
     monkeypatch.setattr(kto, "completion_logps", record)
-    model = kto.tiny_model(config, tokenizer)
-    assert set(letters) == set("bhaj") and len(letters) == 500 * 8
-
-    # It climbs to what makes the rows likelier. AdamW goes lr a step if the gradient stays the
-    # same, here from 1 by 2.5e-3 a step, less and less: 500 * 2.5e-3 / 2 = 0.63 in all.
-    assert model.model.norm.weight.mean().item() == pytest.approx(1.63, abs=0.02)
+    weights = []
+    for seed in (0, 0, 1):
+        config.seed = seed
+        weights.append(kto.tiny_model(config, tokenizer).lm_head.weight)
+    assert set(taught) == set("bhAJ")
 
     # The same seed makes the same toy, another one another.
-    same_model = kto.tiny_model(config, tokenizer)
-    kto.tiny_model(dataclasses.replace(config, seed=1), tokenizer)
-    assert letters[:4000] == letters[4000:8000] != letters[8000:]
-    assert torch.equal(model.lm_head.weight, same_model.lm_head.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 # ---- A small run ---------------------------------------------------------------------------------
 
@@ -1026,14 +960,11 @@ def test_a_process_killed_while_it_saves_goes_on_from_the_checkpoint_before(
 # ---- The run -------------------------------------------------------------------------------------
 
 def test_the_log_has_each_step_once_and_held_out_figures_at_the_end_of_each_epoch(whole):
-    figures = {"loss", "z0", "kl", "accuracy", "reward_desirable", "reward_undesirable", "margin"}
     log = read_log(whole)
+    figures = log[0].keys() - {"step", "grad_norm", "lr"}
+    assert log[3].keys() - log[0].keys() == {f"eval_{name}" for name in figures}
     assert [entry["step"] for entry in log] == list(range(20))
-    for entry in log:
-        expected = figures | {"step", "grad_norm", "lr"}
-        if entry["step"] in (3, 7, 11, 15, 19):
-            expected |= {f"eval_{name}" for name in figures}
-        assert entry.keys() == expected
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 7, 11, 15, 19]
 
 def test_the_learning_rate_warms_up_not_from_0_and_falls_to_a_tenth_along_a_cosine(whole):
     # Of 20 steps a tenth, 2, is warm-up: 1/2, 2/2. The other 18 go from 1 down to 0.1: after 6,
@@ -1045,14 +976,11 @@ def load(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 def test_the_saved_model_has_the_figures_of_all_held_out_rows_together(small, whole):
-    # Rows 5, 10, 15 and 20 are one batch, so that each meets the completion of the next.
-    tokenizer = transformers.AutoTokenizer.from_pretrained(whole)
-    rows = list(kto.read_rows(kto.Config(data=small / "rows.jsonl"), tokenizer))[4::5]
-    batch = {}
-    for key in ("prompt", "completion", "label"):
-        batch[key] = [row[key] for row in rows]
+    # They are one batch of four, so that each meets the completion of the next.
+    config = kto.Config(data=small / "rows.jsonl", holdout=5, batch_size=4)
+    held_out = kto.survey(config, byte_tokenizer())[0]
     with torch.no_grad():
-        figures = kto.kto_step(load(whole), load(small / "model"), batch, beta=0.3, lambda_d=1.5,
+        figures = kto.kto_step(load(whole), load(small / "model"), held_out, beta=0.3, lambda_d=1.5,
                                lambda_u=0.75)
     last = read_log(whole)[-1]
     for name, value in figures.items():
@@ -1063,7 +991,7 @@ def watched(request, small, tmp_path_factory):
     """(output, arguments, settings) of a run, the last two as its training loop gets them."""
     output = tmp_path_factory.mktemp(request.param)
     with mock.patch("kto.train", wraps=kto.train) as train:
-        start(small, output, f"--epochs 1 --micro_batch_size 2 --dtype {request.param}")
+        start(small, output, f"--epochs 1 --micro_batch_size 2 --seed 2 --dtype {request.param}")
     return output, *train.call_args
 
 def test_adamw_trains_the_policy_alone_with_the_settings_that_were_given(watched):
@@ -1074,37 +1002,27 @@ def test_adamw_trains_the_policy_alone_with_the_settings_that_were_given(watched
     assert list(map(id, group["params"])) == list(map(id, policy.parameters()))
 
 def test_at_first_policy_and_reference_are_equal_in_spite_of_dropout_then_no_more(watched):
-    # A loss is lambda / 2. As no r is above z0, the accuracy is the share of undesirable rows.
+    # A loss is lambda / 2. As no r is above z0, the accuracy is the share of undesirable rows, here
+    # one of four.
     first, second = read_log(watched[0])[:2]
-    figures = [first["reward_desirable"], first["reward_undesirable"], first["kl"], first["z0"]]
-    assert figures == [0.0, 0.0, 0.0, 0.0] != second["kl"]
-    undesirable = first["accuracy"]
-    assert first["loss"] == (1.5 * (1 - undesirable) + 0.75 * undesirable) / 2
+    assert first["margin"] == first["kl"] == first["z0"] == 0 != second["kl"]
+    assert first["accuracy"] == 1 / 4
+    assert first["loss"] == (3 * 1.5 + 0.75) / 4 / 2
 
 def test_policy_and_reference_end_as_what_is_saved_and_as_what_was_loaded(small, watched):
     # bfloat16 is for the forward passes of each of the two; its weights stay float32.
     output, (policy, reference, *_), _ = watched
-    is_rounded = "bfloat16" in output.name
-    x, y = [[65, 66]], [[67, 68, 69]]
     for model, folder in ((policy, output), (reference, small / "model")):
         assert model.dtype == torch.float32
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_rounded):
-            expected = kto.completion_logps(load(folder), x, y)
-        assert kto.completion_logps(model, x, y) == expected
+        with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in output.name):
+            expected = kto.completion_logps(load(folder), PROMPTS, COMPLETIONS)
+        assert torch.equal(kto.completion_logps(model, PROMPTS, COMPLETIONS), expected)
 
 def test_fewer_than_two_held_out_rows_are_not_evaluated(small, tmp_path):
-    for holdout in (0, 20):
-        output = tmp_path / str(holdout)
-        start(small, output, f"--epochs 1 --holdout {holdout}")
-        assert "eval_loss" not in read_log(output)[-1]
+    start(small, tmp_path, "--epochs 1 --holdout 20")
+    assert "eval_loss" not in read_log(tmp_path)[-1]
 
-def test_one_class_alone_trains_with_a_warning_and_logs_null_for_the_other(small, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", [("Say", "no", True)] * 8)
-    assert "WARNING" in start(small, tmp_path / "output", f"--data {data}")
-    last = read_log(tmp_path / "output")[-1]
-    assert last["reward_undesirable"] is None and last["reward_desirable"] > 0
-
-def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bits(small, stopped, whole, tmp_path):
+def test_a_run_stopped_by_the_keyboard_goes_on_to_the_same_bits(small, stopped, whole, tmp_path):
     # Step 7 was finished, with the evaluation after it. If the policy of the checkpoint became the
     # reference, the rewards in the log would start at 0 again. Places may change.
     assert read_log(stopped) == read_log(whole)[:8]
@@ -1117,13 +1035,6 @@ def test_sigterm_in_the_last_step_loses_nothing_either(small, whole, tmp_path):
     stop_in_step(19, signal.SIGTERM, small, tmp_path)
     start(small, tmp_path, "--resume --micro_batch_size 2")
     assert_same_result(tmp_path, whole)
-
-def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before(
-        refused, tmp_path):
-    # With a learning rate of 1e30 the weights of step 0 are such that step 1 overflows.
-    assert re.match("step 1: .*nan.*--lr", refused(tmp_path, "--lr 1e30 --save_every 1")[-1])
-    assert len(read_log(tmp_path)) == len(list(tmp_path.glob("checkpoint-*.pt"))) == 1
-    assert not (tmp_path / "model.safetensors").exists()
 
 # ---- The chart -----------------------------------------------------------------------------------
 
@@ -1150,18 +1061,16 @@ def test_a_run_shows_chart_figures_and_three_answers_before_and_after(small, tmp
     lines = [kto.chart(entry, beta=0.3) for entry in log[::2]]
     assert re.findall(r" +\d+ [.zUD]{71}", printed) == lines
     z0 = [entry["z0"] for entry in log if entry["z0"] > 0]
-    assert f"loss {log[-1]['eval_loss']:.3f}" in printed
     assert re.search(f"in {len(z0)} of 20 steps, .*{max(z0):.1f} nats", printed)
 
-    answers = ""
-    for prompt in ("Say 4", "Say 9", "Say 14"):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        answers += f"\n{prompt}\n"
-        for name, folder in (("before", small / "model"), ("after ", tmp_path)):
-            both = load(folder).generate(ids, max_new_tokens=64, do_sample=False)[0]
-            answer = tokenizer.decode(both, skip_special_tokens=True).removeprefix(prompt)
-            answers += f"  {name} {answer.strip()}\n"
-    assert answers in printed and "Say 19\n  before" not in printed
+    # The answers to the first three held-out prompts, of which this is the third.
+    assert printed.count("  before ") == 3
+    answers = printed.partition("\nSay 14\n")[2]
+    ids = tokenizer("Say 14", return_tensors="pt").input_ids
+    for name, folder in (("before", small / "model"), ("after ", tmp_path)):
+        both = load(folder).generate(ids, max_new_tokens=64, do_sample=False)[0]
+        answer = tokenizer.decode(both[6:], skip_special_tokens=True).strip()
+        assert f"  {name} {answer}\n" in answers
 
 def test_an_output_that_is_in_use_is_refused(whole, stopped, refused):
     for output in (whole, stopped):
@@ -1176,10 +1085,6 @@ def test_the_toy_may_be_run_again_and_again_in_its_own_folder(small, tmp_path, m
         start(small, "kto-tiny", "--model tiny --epochs 1 --holdout 0")
     assert len(read_log(Path("kto-tiny"))) == 5
 
-def test_the_sample_is_found_from_another_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert Path(kto.Config.data).read_text()
-
 def test_what_cannot_be_used_is_one_line_and_status_2(refused, tmp_path):
     data, output = tmp_path / "rows.jsonl", tmp_path / "output"
     data.write_text("[]")
@@ -1188,6 +1093,7 @@ def test_what_cannot_be_used_is_one_line_and_status_2(refused, tmp_path):
     [line] = refused(output, f"--data {tmp_path}/none")
     assert "No such file" in line
     assert not output.exists()
+    assert "the gradient's norm is nan; lower --lr" in refused(output, "--lr 1e30")[-1]
 
 # ---- It learns what the paper says it learns: the task -------------------------------------------
 # 64 questions of one token; an answer is one of 16 tokens, then END. A table says what is right.
@@ -1249,8 +1155,11 @@ def feedback(seed, wrong=0.0, phrase=()):
         rows.append({"prompt": [question], "completion": [answer, *phrase, END], "label": label})
     return rows
 
-def with_label(rows, label):
-    return [row for row in rows if row["label"] == label]
+def by_label(rows):
+    """(the desirable rows, the undesirable ones)"""
+    good = [row for row in rows if row["label"]]
+    bad = [row for row in rows if not row["label"]]
+    return good, bad
 
 # What a method passes over, in a new order each time: all rows, or what it makes of them.
 
@@ -1258,7 +1167,8 @@ def shuffled(rows, dice):
     return dice.sample(rows, len(rows))
 
 def desirable_only(rows, dice):
-    return shuffled(with_label(rows, True), dice)
+    good, _ = by_label(rows)
+    return shuffled(good, dice)
 
 def paired(rows, dice):
     """For DPO: a desirable row, an undesirable one of the same question, and so on in turn.
@@ -1270,29 +1180,24 @@ def paired(rows, dice):
     order = shuffled(rows, dice)
     for question in QUESTIONS:
         asked = [row for row in order if row["prompt"] == [question]]
-        good, bad = with_label(asked, True), with_label(asked, False)
-        if good and bad:
-            for index in range(max(len(good), len(bad))):
-                pairs.append((good[index % len(good)], bad[index % len(bad)]))
+        good, bad = by_label(asked)
+        turns = zip(itertools.cycle(good), itertools.cycle(bad))  # none if there is no good or bad
+        pairs += itertools.islice(turns, max(len(good), len(bad)))
     return sum(dice.sample(pairs, len(rows) // 2), ())
 
-def paired_with_a_fifth_turned_round(rows, dice):
-    """Pairs as judges of pairs would give them, of whom a fifth are wrong, the same each pass."""
-    rows = list(paired(rows, random.Random(SEED)))
-    judges = random.Random(SEED)
-    for index in range(0, len(rows), 2):
-        if judges.random() < 0.2:
-            rows[index : index + 2] = rows[index + 1], rows[index]
+def judged(rows, dice):
+    """Pairs as judges of pairs give them: each fifth is turned round, the same in each pass."""
+    rows = paired(rows, random.Random(SEED))
     pairs = list(zip(rows[0::2], rows[1::2]))
+    pairs[::5] = zip(rows[1::10], rows[0::10])
     return sum(shuffled(pairs, dice), ())
 
 # ---- The other losses ----------------------------------------------------------------------------
 
-def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
-    """The DPO loss of each pair: (B,) (Rafailov et al. 2023, Eq. 7). All arguments: log-probs."""
-    r_chosen = chosen - reference_chosen  # (B,)
-    r_rejected = rejected - reference_rejected
-    return -torch.nn.functional.logsigmoid(beta * (r_chosen - r_rejected))
+def dpo_loss(policy_logps, reference_logps, beta):
+    """The DPO loss of each pair (Rafailov et al. 2023, Eq. 7); chosen and rejected take turns."""
+    r = policy_logps - reference_logps  # (B,)
+    return -torch.nn.functional.logsigmoid(beta * (r[0::2] - r[1::2]))  # (B / 2,)
 
 def sft_loss(policy_logps, completions):
     """The SFT loss of a batch: minus the log-prob of a completion token, mean over all of them."""
@@ -1311,11 +1216,10 @@ def no_reference_point(policy_logps, reference_logps):
 def test_the_other_losses_worked_by_hand():
     # beta = 1/2. DPO: r is 2 ln 3 + 1 and 1, -log sigmoid(ln 3) = -ln 3/4. With the pair turned
     # round it is -log sigmoid(-ln 3) = -ln 1/4. With z0 = 1 the logistic loss has the same values.
-    r = tensor([2 * math.log(3) + 1, 1.0])
-    losses = dpo_loss(r - 20, r.flip(0) - 20, tensor(-20.0), tensor(-20.0), beta=0.5)
-    assert losses.tolist() == pytest.approx([math.log(4 / 3), math.log(4)], abs=1e-5)
-    losses = logistic_loss(r[0], 0.0, 1.0, desirable("DU"), beta=0.5)
-    assert losses.tolist() == pytest.approx([math.log(4 / 3), math.log(4)], abs=1e-5)
+    high, values = 2 * math.log(3) + 1, tensor([math.log(4 / 3), math.log(4)])
+    r = tensor([high, 1.0, 1.0, high])
+    assert_close(dpo_loss(r - 20, tensor(-20.0), beta=0.5), values)
+    assert_close(logistic_loss(r[0], 0.0, 1.0, desirable("DU"), beta=0.5), values)
 
     # SFT: 6 nats over three tokens and 1 nat over one are 7/4 a token. (Mean of rows: 3/2.)
     assert sft_loss(tensor([-6.0, -1.0]), [[5, 6, 0], [0]]).item() == 1.75
@@ -1335,35 +1239,25 @@ def kto_batch(policy, reference, rows, beta, loss=kto.kto_loss, point=kto.refere
     y = [row["completion"] for row in rows]
     y_next = y[1:] + y[:1]
     policy_logps, policy_kl = kto.completion_logps(policy, x + x, y + y_next).chunk(2)
-    with torch.no_grad():
-        reference_logps, reference_kl = kto.completion_logps(reference, x + x, y + y_next).chunk(2)
+    reference_logps, reference_kl = kto.completion_logps(reference, x + x, y + y_next).chunk(2)
     z0 = point(policy_kl, reference_kl)
     desirable = tensor([row["label"] for row in rows])
     return loss(policy_logps, reference_logps, z0, desirable, beta, **weights).mean()
 
-def logistic_batch(policy, reference, rows, beta):
-    return kto_batch(policy, reference, rows, beta, loss=logistic_loss)
-
 def dpo_batch(policy, reference, rows, beta):
     """The mean DPO loss of a batch in which chosen and rejected rows take turns."""
-    policy_logps = logps(policy, rows)
-    with torch.no_grad():
-        reference_logps = logps(reference, rows)
-    losses = dpo_loss(
-        policy_logps[0::2], policy_logps[1::2], reference_logps[0::2], reference_logps[1::2], beta)
-    return losses.mean()
+    return dpo_loss(logps(policy, rows), logps(reference, rows), beta).mean()
 
 def sft_batch(policy, reference, rows, beta):
     """The SFT loss of a batch, which knows neither reference nor beta."""
     return sft_loss(logps(policy, rows), [row["completion"] for row in rows])
 
 def train(rows, seed, batch_loss, items, beta, learning_rate, passes, **settings):
-    """The policy as it is after each pass: a list."""
+    """The trained policy. The reference, its copy, never gets a gradient."""
     reference = half_right(seed)
     policy = copy.deepcopy(reference).requires_grad_(True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
     dice = random.Random(seed)
-    policies = []
 
     for _ in range(passes):
         order = items(rows, dice)
@@ -1373,8 +1267,7 @@ def train(rows, seed, batch_loss, items, beta, learning_rate, passes, **settings
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        policies.append(copy.deepcopy(policy))
-    return policies
+    return policy
 
 # Each method at its own best setting for each share of wrong labels: beta, learning rate, passes.
 # Tuned on seeds from 100 on, which the table does not use. With a fifth wrong: four seeds, the same
@@ -1383,7 +1276,7 @@ def train(rows, seed, batch_loss, items, beta, learning_rate, passes, **settings
 METHODS = {
     "KTO": (kto_batch, shuffled,
             {0.0: (1.0, 2e-3, 4), 0.2: (1.0, 1e-3, 4), 0.3: (1.0, 1e-3, 2)}),
-    "logistic KTO": (logistic_batch, shuffled,
+    "logistic KTO": (functools.partial(kto_batch, loss=logistic_loss), shuffled,
                      {0.0: (0.3, 2e-3, 4), 0.2: (0.1, 1e-3, 4), 0.3: (0.1, 1e-3, 4)}),
     "DPO": (dpo_batch, paired,
             {0.0: (0.3, 2e-3, 4), 0.2: (0.3, 2e-3, 2), 0.3: (0.3, 5e-4, 4)}),
@@ -1393,19 +1286,19 @@ METHODS = {
 
 @functools.cache
 def learned(name, wrong, seed, passes=None):
-    """The success of a method after each pass, with a share of the labels wrong: a list."""
+    """The success of a method with a share of the labels wrong, with its own number of passes."""
     batch_loss, items, best = METHODS[name]
     beta, learning_rate, best_passes = best[wrong]
     rows = feedback(seed, wrong)
-    policies = train(rows, seed, batch_loss, items, beta, learning_rate, passes or best_passes)
-    return [success(policy, seed) for policy in policies]
+    policy = train(rows, seed, batch_loss, items, beta, learning_rate, passes or best_passes)
+    return success(policy, seed)
 
 def unequal(seed, lambda_d):
     """The success where one row is desirable for nine that are not."""
-    good, bad = with_label(feedback(seed), True), with_label(feedback(seed), False)
+    good, bad = by_label(feedback(seed))
     rows = good[: len(bad) // 9] + bad  # about 115 + 1,030: some questions have no desirable row
-    policies = train(rows, seed, kto_batch, shuffled, 0.5, 2e-3, 4, lambda_d=lambda_d)
-    return success(policies[-1], seed)
+    policy = train(rows, seed, kto_batch, shuffled, 0.5, 2e-3, 4, lambda_d=lambda_d)
+    return success(policy, seed)
 
 def likelier(seed, point):
     """Where all completions grow likelier: (success, margin in r at the end).
@@ -1413,42 +1306,40 @@ def likelier(seed, point):
     Another hand added four tokens to every answer, which the reference never writes there, and
     three rows of four are desirable: so the phrase is learned first, and all r grow, good or bad.
     """
-    rows = feedback(seed, phrase=(20, 30, 40, 50))
-    good, bad = with_label(rows, True), with_label(rows, False)
+    good, bad = by_label(feedback(seed, phrase=(20, 30, 40, 50)))
     bad = bad[: len(good) // 3]
-    policies = train(good + bad, seed, kto_batch, shuffled, 0.5, 2e-3, 3, point=point)
+    policy = train(good + bad, seed, kto_batch, shuffled, 0.5, 2e-3, 3, point=point)
 
-    policy, reference = policies[-1], half_right(seed)
-    with torch.no_grad():
-        r_good = (logps(policy, good) - logps(reference, good)).mean()
-        r_bad = (logps(policy, bad) - logps(reference, bad)).mean()
+    reference = half_right(seed)
+    r_good = (logps(policy, good) - logps(reference, good)).mean()
+    r_bad = (logps(policy, bad) - logps(reference, bad)).mean()
     return success(policy, seed, length=1), (r_good - r_bad).item()
 
 # ---- What it learns ------------------------------------------------------------------------------
 
 def test_labels_alone_teach_what_is_right_as_well_as_pairs_do():
-    before = success(half_right(SEED), SEED)
-    after = learned("KTO", 0.0, SEED, passes=2)[-1]
-    assert 0.4 < before < 0.6  # 0.47 0.52 0.46 0.48 0.50 0.46
+    after = learned("KTO", 0.0, SEED, passes=2)
+    assert 0.4 < success(half_right(SEED), SEED) < 0.6  # 0.47 0.52 0.46 0.48 0.50 0.46
     assert after > 0.9  # 1.00 1.00 0.97 1.00 1.00 0.97
-    pairs = learned("DPO", 0.0, SEED, passes=2)[-1]
+    pairs = learned("DPO", 0.0, SEED, passes=2)
     assert after > pairs - 0.05  # 0.98 1.00 0.99 0.96 0.98 0.97
 
 def test_a_fifth_of_the_labels_may_be_wrong():
-    after = learned("KTO", 0.2, SEED)[-1]
-    assert after > 0.85  # 0.96 0.98 0.92 0.97 0.96 0.93
-    assert after > learned("DPO", 0.2, SEED)[-1] - 0.05  # 0.94 0.94 0.93 0.90 0.91 0.92
-    assert after > learned("SFT", 0.2, SEED)[-1] + 0.1  # 0.75 0.78 0.75 0.78 0.80 0.74
+    after = learned("KTO", 0.2, SEED, passes=2)
+    assert after > 0.85  # 0.94 0.97 0.92 0.95 0.95 0.94
+    assert after > learned("DPO", 0.2, SEED) - 0.05  # 0.94 0.94 0.93 0.90 0.91 0.92
+    assert after > learned("SFT", 0.2, SEED) + 0.1  # 0.75 0.78 0.75 0.78 0.80 0.74
 
-def test_from_one_pass_to_four_dpo_falls_on_wrong_pairs_and_kto_does_not_on_wrong_labels():
+def test_from_one_pass_to_four_dpo_falls_on_wrong_pairs_and_kto_rises_on_wrong_labels():
     # Rows that look wrong lie where KTO's loss is flat (Proposition 4.1); DPO's is steepest there.
-    first, *_, last = learned("KTO", 0.2, SEED)
-    assert last > first  # from 0.89 0.95 0.87 0.88 0.90 0.88 to 0.96 0.98 0.92 0.97 0.96 0.93
-    items = paired_with_a_fifth_turned_round
-    policies = train(feedback(SEED), SEED, dpo_batch, items, 0.3, 2e-3, 4)
-    first, last = success(policies[0], SEED), success(policies[-1], SEED)
-    assert last < first - 0.02
-    # from 0.83 0.89 0.88 0.84 0.82 0.77 to 0.71 0.80 0.78 0.71 0.72 0.73
+    # KTO goes from 0.89 0.95 0.87 0.88 0.90 0.88 to 0.96 0.98 0.92 0.97 0.96 0.93.
+    assert learned("KTO", 0.2, SEED) > learned("KTO", 0.2, SEED, passes=1)
+    shares = []
+    for passes in (1, 4):
+        policy = train(feedback(SEED), SEED, dpo_batch, judged, 0.3, 2e-3, passes)
+        shares.append(success(policy, SEED))
+    # DPO goes from 0.78 0.84 0.86 0.78 0.89 0.81 to 0.72 0.74 0.76 0.67 0.76 0.69.
+    assert shares[1] < shares[0] - 0.02
 
 def test_one_desirable_row_for_nine_is_enough_with_the_weights_of_eq_9_and_only_so():
     assert unequal(SEED, lambda_d=9.0) > 0.8  # 0.94 0.97 0.89 0.92 0.92 1.00
@@ -1469,32 +1360,27 @@ def test_z0_keeps_the_loss_from_saturating_where_all_completions_grow_likelier()
 
 README = Path(kto.__file__).with_name("README.md").read_text()
 
-def code_of(start):
-    """What the README's block of Python defines, in which this text stands."""
-    for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
-        if start in block:
-            return block
-    raise LookupError(start)
+def readme_block(start):
+    """The README's block of code that starts so."""
+    return re.search(rf"```\w+\n({start}.*?)```", README, flags=re.DOTALL)[1]
 
 def defined_by(start):
     names = {}
-    exec(code_of(start), names)
+    exec(readme_block(start), names)
     return names
 
-def test_the_first_command_learns_and_its_reference_point_lives(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["kto.py"])
+def test_the_first_command_learns_and_its_reference_point_lives(
+        read_flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # the sample is found from any folder
+    read_flags()
     with mock.patch("signal.signal"):
         kto.main()
     log = read_log(Path("kto-tiny"))
-    z0 = [entry["z0"] for entry in log]
-    assert sum(value > 0 for value in z0) > len(z0) / 2 and max(z0) > 5
+    assert sum(entry["z0"] > 0 for entry in log) > len(log) / 2
     assert log[-1]["eval_accuracy"] > 0.9
-    assert log[-1]["eval_reward_desirable"] > 10 > -10 > log[-1]["eval_reward_undesirable"]
 
     # It is rude before, in words of the sample, and what it says after is something else.
-    printed = capsys.readouterr().out
-    answers = re.findall(r"before (.*?)\..*\n  after  (.*?)\.", printed)
+    answers = re.findall(r"before (.*?)\..*\n  after  (.*?)\.", capsys.readouterr().out)
     sample = Path(kto.Config.data).read_text()
     assert len(answers) == 3
     for before, after in answers:
@@ -1504,41 +1390,34 @@ def test_an_estimate_over_the_references_own_answers_is_negative_in_expectation(
     # The mean of log pi_theta - log pi_ref over all y, each weighted with pi_ref(y), is
     # -KL(pi_ref || pi_theta). Here y is any one of 300 tokens, so all can be tried.
     policy, reference = policy_and_reference()
-    tokens = [[token] for token in range(300)]
-    with torch.no_grad():
-        p, q = (kto.completion_logps(model, [[5]] * 300, tokens) for model in (policy, reference))
-    assert q.exp().sum() == pytest.approx(1)
+    prompts, completions = [[5]] * 300, [[token] for token in range(300)]
+    p = kto.score(policy, prompts, completions, 300)
+    q = kto.score(reference, prompts, completions, 300)
     assert (q.exp() * (p - q)).sum() < -0.01
 
 @pytest.mark.skipif("KTO_TEST_MODEL" not in os.environ, reason="needs KTO_TEST_MODEL=FOLDER")
-def test_a_real_model_starts_at_its_reference_and_learns(tmp_path):
+def test_a_real_model_starts_at_its_reference_and_learns(small, tmp_path):
     folder = os.environ["KTO_TEST_MODEL"]
-    rows = Path(kto.Config.data).read_text().splitlines()[:16]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    flags = f"--model {folder} --data {tmp_path}/rows.jsonl --output {tmp_path}/output"
-    start(tmp_path, tmp_path / "output", f"{flags} --epochs 1 --holdout 0 --lr 2e-5")
-    first, *_, last = read_log(tmp_path / "output")
-    assert (first["loss"], first["z0"], first["kl"]) == (0.5, 0.0, 0.0)
-    assert last["loss"] < 0.5
+    start(small, tmp_path, f"--model {folder} --epochs 2 --batch_size 21 --holdout 0 --lr 2e-5")
+    first, last = read_log(tmp_path)  # of two steps, each with all rows
+    assert first["margin"] == first["kl"] == 0
+    assert last["loss"] < first["loss"]
 
 def test_the_readmes_three_rows_are_right():
     z0 = kto.reference_point(tensor([3.0, -1.0, 1.0]), torch.zeros(3))
     losses = kto.kto_loss(tensor([4.0, -1.0, -6.0]), torch.zeros(3), z0, desirable("DUD"))
-    table = re.findall(r"\| (?:un)?desirable \|.*\| ([\d.]+) \|\n", README)
-    assert losses.tolist() == pytest.approx([float(loss) for loss in table], abs=5e-5)
+    for loss in losses:
+        assert f"| {loss:.4f} |\n" in README
     assert f"is their mean, {losses.mean():.4f}" in README
 
 def test_the_readmes_training_step_is_the_step_of_this_file():
-    step = defined_by("from kto import")["kto_training_step"]
+    step = defined_by("import torch\nfrom kto")["kto_training_step"]
     policy, reference = policy_and_reference()
     with torch.no_grad():
         expected = kto.kto_step(policy, reference, batch_of("DUUDU"))["loss"]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(3):
-        losses.append(step(policy, reference, optimizer, PROMPTS, COMPLETIONS, desirable("DUUDU")))
-    assert losses[0] == pytest.approx(expected, rel=1e-5)
-    assert losses[2] < losses[1] < losses[0]
+    batch = (PROMPTS, COMPLETIONS, desirable("DUUDU"))
+    assert step(policy, reference, optimizer, *batch) == pytest.approx(expected, rel=1e-5)
 
 def test_the_readmes_converters_make_rows():
     make = defined_by("def thumbs_to_rows")
@@ -1547,63 +1426,55 @@ def test_the_readmes_converters_make_rows():
     rows += make["pair_to_rows"]({"prompt": "a", "chosen": "b", "rejected": "b"})
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     rows.append(make["sharegpt_to_row"](turns, True))
-    labels = ""
+    assert [row["label"] for row in rows] == [False, True, True, False, True]
     for row in rows:
-        row = kto.parse_row(json.dumps(row).encode())
-        labels += "D" if row["label"] else "U"
-        prompt, completion = kto.encode(row, byte_tokenizer(CHATML))
-        assert byte_tokenizer().decode(completion) == "b<|im_end|>"
-    assert labels == "UDDUD"
+        assert texts(byte_tokenizer(BARE), row["prompt"], row["completion"]) == (
+            "user: a\nassistant:  -> b</s>")
 
 def test_the_readmes_rows_are_rows_and_its_metrics_those_of_the_log(whole):
-    for line in re.search(r"```json\n(.*?)```", README, flags=re.DOTALL)[1].splitlines():
+    for line in readme_block('{"prompt"').splitlines():
         kto.encode(kto.parse_row(line.encode()), byte_tokenizer(CHATML))
     explained = set(re.findall(r"`(\w+)`", README.split("## Read the log")[1]))
     assert explained >= read_log(whole)[0].keys() - {"step"}
 
 def test_the_readmes_script_takes_the_same_rows_to_trl(small, tmp_path):
     pytest.importorskip("trl", reason="needs: pip install trl==1.16.0")
-    script = tmp_path / "kto_with_trl.py"
-    script.write_text(code_of("# kto_with_trl.py"))
-    output = tmp_path / "output"
-    done = subprocess.run([sys.executable, script, small / "model", small / "rows.jsonl", output],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "'loss': '0.5'" in done.stdout and "'kl': '0'" in done.stdout  # the first step
+    script, output = tmp_path / "kto_with_trl.py", tmp_path / "output"
+    script.write_text(readme_block("# kto_with_trl.py"))
+    program = [sys.executable, script, small / "model", small / "rows.jsonl", output]
+    printed = subprocess.check_output(program, text=True)
+    assert "'loss': '0.5'" in printed and "'kl': '0'" in printed  # the first step
     assert (output / "model.safetensors").exists()
 
 # ---- The paper in miniature: python test_kto.py --------------------------------------------------
 
-def mean(bar, function, *arguments, **settings):
+def mean(function, *arguments, **settings):
     """The mean of what `function` returns with the seeds 0 to 3."""
     results = []
-    for seed in range(4):
+    for seed in tqdm(range(4)):
         results.append(function(*arguments, seed=seed, **settings))
-        bar.update()
     return tensor(results).mean(dim=0).tolist()
 
 def main():
-    bar = tqdm(total=4 * (3 * len(METHODS) + 4), unit=" trainings")
-    tqdm.write("right answers, mean of seeds 0 to 3; in brackets beta, learning rate, passes")
-    tqdm.write(f"{'':14}{'labels clean':25}{'a fifth wrong':25}30% wrong")
+    print("right answers, mean of seeds 0 to 3; in brackets beta, learning rate, passes")
+    print(f"{'':14}{'labels clean':25}{'a fifth wrong':25}30% wrong")
     for name, method in METHODS.items():
         best = method[2]
         line = f"{name:14}"
         for wrong, setting in best.items():
-            share = mean(bar, learned, name, wrong)[-1]
+            share = mean(learned, name, wrong)
             line += f"{share:.2f} {str(setting):20}"
-        tqdm.write(line)
+        print(line)
 
-    tqdm.write("\none desirable row for nine                    success")
+    print("\none desirable row for nine                    success")
     for lambda_d in (9.0, 1.0):
-        share = mean(bar, unequal, lambda_d=lambda_d)
-        tqdm.write(f"KTO, lambda_d = {lambda_d} {share:34.2f}")
+        share = mean(unequal, lambda_d=lambda_d)
+        print(f"KTO, lambda_d = {lambda_d} {share:34.2f}")
 
-    tqdm.write("\nall completions grow likelier                 success  margin in nats")
+    print("\nall completions grow likelier                 success  margin in nats")
     for name, point in (("KTO", kto.reference_point), ("KTO, z0 = 0", no_reference_point)):
-        share, margin = mean(bar, likelier, point=point)
-        tqdm.write(f"{name:45} {share:7.2f} {margin:15.2f}")
-    bar.close()
+        share, margin = mean(likelier, point=point)
+        print(f"{name:45} {share:7.2f} {margin:15.2f}")
 
 if __name__ == "__main__":
     main()
