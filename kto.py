@@ -540,7 +540,7 @@ def main():
 
     z0 = [entry["z0"] for entry in log]
     print(f"\nz0 > 0 in {sum(z > 0 for z in z0)} of {len(z0)} steps, up to {max(z0):.1f} nats:",
-          "by so much other rows' completions became likelier; only r beyond z0 has value.")
+          "so much likelier became other rows' completions; each row is judged by r - z0.")
 
 if __name__ == "__main__":
     try:
