@@ -9,7 +9,7 @@ a completion y and a label: y is desirable or undesirable. One training step:
   2. Pair each x with y', the completion of the next row; the last row takes that of the first.
   3. Score: sum the log-probabilities of a completion's tokens, under the policy and the reference.
   4. Reference point: z0 = max(0, mean over the m pairs (x, y') of log pi_theta - log pi_ref)  §4.1
-  5. Loss: lambda_y - v for each row, with r = log pi_theta(y|x) - log pi_ref(y|x) and value  Eq. 8
+  5. Loss: lambda_y - v of each row; r = log pi_theta(y|x) - log pi_ref(y|x), and the value v  Eq. 8
          v = lambda_D * sigmoid(beta * (r - z0))      if y is desirable
          v = lambda_U * sigmoid(beta * (z0 - r))      if y is undesirable
   6. Update: step down the gradient of the mean loss, in which z0 is a constant.              Eq. 10
@@ -20,7 +20,7 @@ a completion y and a label: y is desirable or undesirable. One training step:
   r_theta(x, y), z_0    r, z0               implicit reward of a row, reference point of a batch
   v(x, y), beta         v, beta             value of a row, and how soon it saturates
   lambda_D, lambda_U    lambda_d, lambda_u  weight of desirable and of undesirable rows
-  shapes: m rows a step, B rows a call, T tokens a row, N to score, H hidden size, V vocabulary
+  shapes: m rows a step, B rows a call, T tokens a row, N tokens scored, H hidden size, V vocabulary
 
   python kto.py                                                    offline, two CPU cores, a minute
   python kto.py --model NAME_OR_FOLDER --data FILE.jsonl --output FOLDER          your own feedback
@@ -67,10 +67,10 @@ def reference_point(policy_logps, reference_logps):
     completion more likely, good or bad, r and z0 would rise together and no value would be gained.
     - Mismatched pairs. z0 stands for any answer, but a row's own y is in the data because it is
       good or bad for x. So rows exchange their completions: of (x1, y1) and (x2, y2), z0 takes
-      (x1, y2) and (x2, y1). That is biased, on purpose, and needs no sampling.
+      (x1, y2) and (x2, y1). That is biased; the KL itself needs samples of the policy: slow.
     - The mean over all m rows of a step. How many rows fit in memory at once must not matter.
     - The clamp. A KL divergence is never negative, but its estimate from m pairs can be.
-    - No gradient. z0 marks where the loss saturates; the policy must not gain by moving the mark.
+    - No gradient. z0 is what r is measured from; the policy must not gain by moving the mark.
       (In this file the pairs have no gradient anyway; `detach` is for those who copy.)
     """
     return (policy_logps - reference_logps).mean().clamp(min=0).detach()
@@ -78,25 +78,25 @@ def reference_point(policy_logps, reference_logps):
 def completion_logps(model, prompts, completions):
     """log pi(y|x) of each row: (B,), float32, in nats, summed (not averaged) over y's tokens.
 
-    `model` is a causal LM of transformers; `prompts` and `completions` are B lists of token ids, of
-    any lengths. What is scored is decided by position, never by token id: an end token counts, even
+    `model` is a causal LM of transformers; `prompts` and `completions` are B lists of token ids,
+    not padded. What is scored is decided by position, never by token id: an end token counts, even
     if padding has its id. Raises ValueError if a prompt is empty or the two lists differ in length.
     """
     if not all(prompts):
         raise ValueError("a prompt without tokens: the first completion token needs one before it")
 
-    # A row is x, y and padding. No mask is needed, since a causal model never looks to the right.
+    # A row is x, y and padding. A causal model never looks to the right: no attention mask.
     rows = [torch.tensor([*x, *y]) for x, y in zip(prompts, completions, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)  # (B, T)
 
     # The output at position t predicts the token at t + 1. For x = (a, b) and y = (c, d):
     #     outputs at  a   b   c
     #     targets     b   c   d        the same row, one token further on
-    #     is_scored       x   x        those that belong to y
+    #     is_scored   0   1   1        1 where the target belongs to y
     targets = ids[:, 1:]  # (B, T - 1)
     is_scored = torch.zeros_like(targets, dtype=torch.bool)  # (B, T - 1)
-    for mask, x, y in zip(is_scored, prompts, completions):
-        mask[len(x) - 1 :][: len(y)] = True
+    for marks, x, y in zip(is_scored, prompts, completions):
+        marks[len(x) - 1 :][: len(y)] = True  # from x's last token on, len(y) of them
 
     # Logits are the largest tensor: so the last layer, the head, is given only the states that
     # predict y. The same without this hook, but costlier: `model(ids).logits[:, :-1][is_scored]`.
@@ -108,12 +108,12 @@ def completion_logps(model, prompts, completions):
 
     # Put each token's log-probability back in its place, 0 elsewhere, and sum over the row.
     nll = torch.nn.functional.cross_entropy(logits, targets[is_scored], reduction="none")  # (N,)
-    token_logps = torch.zeros(is_scored.shape, device=ids.device)  # (B, T - 1)
+    token_logps = torch.zeros_like(targets, dtype=torch.float)  # (B, T - 1)
     token_logps[is_scored] = -nll
     return token_logps.sum(dim=1)  # (B,)
 
 def micro_batches(prompts, completions, size):
-    """Yield (index, prompts, completions) of at most `size` rows at a time, to fit in memory."""
+    """Yield (index, prompts, completions) of at most `size` rows; index: their places, a tensor."""
     # Rows of like length go together, for little padding, the longest first: if they fit, all do.
     lengths = [len(x) + len(y) for x, y in zip(prompts, completions, strict=True)]
     longest_first = torch.tensor(lengths).argsort(descending=True)
@@ -131,9 +131,9 @@ def score(model, prompts, completions, micro_batch_size):
 def kto_step(policy, reference, batch, micro_batch_size=8, **weights):
     """Steps 2 to 5: adds the gradient of the mean loss to the policy's .grad; returns the figures.
 
-    `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m bools}, m >= 2;
-    `weights` are beta, lambda_d, lambda_u; both models are in eval mode. Under `torch.no_grad()` it
-    only evaluates. The micro-batch is a matter of memory: but for rounding, it changes no number.
+    `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m bools}, m >= 2, in
+    random order: the next row must not have the same x. `weights`: beta, lambda_d, lambda_u. Put
+    both models in eval mode: dropout is noise in r. Under `torch.no_grad()` it only evaluates.
     """
     prompts, completions = batch["prompt"], batch["completion"]
     desirable = torch.tensor(batch["label"], device=policy.device)  # (m,)
@@ -149,32 +149,33 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **weights):
     # 4. Reference point: from the m mismatched pairs.
     z0 = reference_point(policy_next_logps, reference_next_logps)  # ()
 
-    # 3 and 5. Score with gradient, and loss. Each micro-batch adds its share to the gradient.
+    # 3 and 5. Score with gradient, and loss. Each micro-batch adds its share of the mean loss.
     policy_logps = torch.zeros_like(reference_logps)  # (m,)
-    losses = torch.zeros_like(reference_logps)  # (m,)
+    mean_loss = 0.0
     for index, x, y in micro_batches(prompts, completions, micro_batch_size):
         logps = completion_logps(policy, x, y)  # (B,)
-        loss = kto_loss(logps, reference_logps[index], z0, desirable[index], **weights)  # (B,)
+        losses = kto_loss(logps, reference_logps[index], z0, desirable[index], **weights)  # (B,)
+        share = losses.sum() / len(prompts)  # ()
         if torch.is_grad_enabled():
-            (loss.sum() / len(prompts)).backward()
+            share.backward()
+        mean_loss += share.item()
         policy_logps[index] = logps.detach()
-        losses[index] = loss.detach()
 
-    # The figures, in nats but for loss and accuracy. A class without rows has no mean: None.
+    # The figures. A row is accurate if r is on its side of z0. A class without rows: None.
     r = policy_logps - reference_logps  # (m,)
     kl = (policy_next_logps - reference_next_logps).mean()  # (), z0 before the clamp
     d = r[desirable].mean().item() if desirable.any() else None
     u = r[~desirable].mean().item() if not desirable.all() else None
     margin = None if d is None or u is None else d - u
-    return {"loss": losses.mean().item(), "z0": z0.item(), "kl": kl.item(),
+    return {"loss": mean_loss, "z0": z0.item(), "kl": kl.item(),
             "accuracy": ((r > z0) == desirable).float().mean().item(),
             "reward_desirable": d, "reward_undesirable": u, "margin": margin}
 
 def train(policy, reference, batches, optimizer, schedule, first_step=0, **settings):
-    """The training loop: a step for each of `batches`, of which it yields the metrics.
+    """The training loop: yields the figures of each step, after which a caller may save, or stop.
 
-    `batches`: any iterable of what `kto_step` takes; `settings`: its keyword arguments. Between
-    steps a caller may save, or stop. Raises ArithmeticError instead of an infinite or NaN update.
+    `batches`: iterable of what `kto_step` takes; `settings`: its keyword arguments. `first_step`
+    only numbers. Raises FloatingPointError before an update with an infinite or NaN gradient.
     """
     for step, batch in enumerate(batches, start=first_step):  # 1. Take m rows.
         start = time.perf_counter()
@@ -183,7 +184,7 @@ def train(policy, reference, batches, optimizer, schedule, first_step=0, **setti
         # 6. Update, with the gradient clipped to a norm of 10 (Table 1).
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=10.0).item()
         if not math.isfinite(norm):
-            raise ArithmeticError(f"step {step}: the gradient's norm is {norm}; lower --lr")
+            raise FloatingPointError(f"step {step}: the gradient's norm is {norm}; lower the lr")
         logged |= {"grad_norm": norm, "lr": schedule.get_last_lr()[0]}
         optimizer.step()
         optimizer.zero_grad()
@@ -204,7 +205,7 @@ def blame(what, advice=""):
 
 @dataclasses.dataclass
 class Config:
-    """The settings of a run, each a flag. Where the paper names a default (§4.2), it is ours."""
+    """The settings of a run, each a flag. Defaults are the paper's where it names one (§4.2)."""
     model: str = "tiny"  # hub name or folder; "tiny" is built and taught here
     data: str = str(Path(__file__).with_name("data_sample.jsonl"))  # JSONL, the sample by default
     output: str | None = None  # folder for the result; kto-MODEL if not given
@@ -217,7 +218,7 @@ class Config:
     lambda_u: float = 1.0  # lambda_U, weight of undesirable rows (Eq. 9)
     max_prompt_length: int = 512  # tokens kept, from the end of the prompt
     max_completion_length: int = 512  # tokens kept, from the start of the completion
-    holdout: int = 10  # every holdout-th row is kept for evaluation; 0: none
+    holdout: int = 11  # every 11th row is for evaluation (odd: finds both in D, U, D, U); 0: none
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward passes
     seed: int = 0  # of the order of the rows and of the tiny model
@@ -245,10 +246,10 @@ def read_flags():
 
 # ---- The data: line of a file -> row of text -> row of token ids -> batch ------------------------
 A_ROW = """. A row is one line, {"prompt": text or messages, "completion": text or [message], \
-"label": true or false}; each element of an array is a row, a preference pair becomes two rows"""
+"label": true or false}; of a JSON array each element becomes a line, of a preference pair two"""
 
 def parse_row(line):
-    """One line of JSONL, as bytes -> {"prompt", "completion", "label": bool}, or ValueError."""
+    """One line of JSONL, as bytes -> {"prompt", "completion", "label"}, or ValueError."""
     text = line.decode("utf-8-sig").strip()
     if not text.startswith("{"):
         raise ValueError(f"not a JSON object: {text!r:.80}")
@@ -258,7 +259,7 @@ def parse_row(line):
             raise ValueError(f"no {key} among its keys {list(row)!r:.200}")
     if row["label"] not in (0, 1):  # false and true are equal to 0 and 1
         raise ValueError(f"label is {row['label']!r:.80}; write true or false, without quotes")
-    return row | {"label": bool(row["label"])}
+    return row
 
 def as_messages(value, role):
     """A text as a chat of one message, a chat as it is. Raises ValueError at anything else."""
@@ -274,17 +275,14 @@ def as_messages(value, role):
     return value
 
 def encode(row, tokenizer):
-    """(prompt, completion) of a row, as token ids. Raises ValueError if the row cannot be used.
-
-    They are what the model is given at inference, and what it should then write, with an end token.
-    Texts become messages if the tokenizer has a chat template.
-    """
+    """(prompt, completion) of a row, as token ids: what the model is given, and what it then wrote,
+    with an end token. With a chat template, texts are messages. Raises ValueError."""
     prompt, completion = row["prompt"], row["completion"]
     messages, answer = as_messages(prompt, "user"), as_messages(completion, "assistant")
     if len(answer) != 1 or answer[0]["role"] != "assistant":
         raise ValueError("completion must be a text or a list of one message of the assistant")
 
-    is_chat = tokenizer.chat_template or messages is prompt or answer is completion
+    is_chat = tokenizer.chat_template or isinstance(prompt, list) or isinstance(completion, list)
     if is_chat:
         prompt, completion = render(messages, answer, tokenizer)
     x = tokenizer(prompt, add_special_tokens=not is_chat).input_ids
@@ -299,26 +297,25 @@ def encode(row, tokenizer):
     return x, y
 
 def render(messages, answer, tokenizer):
-    """(what the model is given, what it should write): two texts, by the chat template.
-
-    The first is the chat that asks for an answer, cut where answered chats differ; the second is
-    the rest of this one. They may differ only after the last message: there reasoning models open a
-    thought when asked, which an answered chat closes or leaves out.
-    """
+    """(what the model is given, what it then wrote): two texts, by the chat template. The first is
+    the start that asking for an answer and the answered chat share; the second is the rest of the
+    answered chat. Asked and answered may differ only after the last message: there reasoning
+    models open a thought when asked, which an answered chat closes or leaves out."""
     with blame("the chat template cannot render it"):
-        unasked = tokenizer.apply_chat_template(messages, tokenize=False)
         asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        answered = tokenizer.apply_chat_template(messages + answer, tokenize=False)
-        other_answer = as_messages("x", "assistant")
-        other = tokenizer.apply_chat_template(messages + other_answer, tokenize=False)
-    given = os.path.commonprefix([asked, answered, other])  # without the answer's first letters
+        unasked, answered, other = tokenizer.apply_chat_template(
+            [messages, messages + answer, messages + as_messages("x", "assistant")], tokenize=False)
+
+    # The other answer stops agreement by chance: if asked ends in "<think>", "<b>" shares its "<".
+    # Asked and unasked agree up to the end of the last message: given must reach as far.
+    given = os.path.commonprefix([asked, answered, other])
     if len(given) < len(os.path.commonprefix([asked, unasked])):
         raise ValueError(f"once answered, the chat template turns {asked[len(given):]!r:.80} into "
                          f"{answered[len(given):]!r:.80}")
     return given, answered[len(given) :].rstrip()  # no newline after the end token
 
 def read_rows(config, tokenizer):
-    """Stream the rows of --data: {"prompt": ids, "completion": ids, "label": bool, "is_held_out"}.
+    """Stream the rows of --data: {"prompt": ids, "completion": ids, "label", "is_held_out": bool}.
     Of a long prompt the end is kept, of a long completion the start, without its end token."""
     count = 0
     with open(config.data, "rb") as file:  # as bytes, a line ends at \n alone, as in an editor
@@ -328,11 +325,11 @@ def read_rows(config, tokenizer):
             with blame(f"{config.data}:{number}", A_ROW):
                 row = parse_row(line)
                 x, y = encode(row, tokenizer)
+            x, y = x[-config.max_prompt_length :], y[: config.max_completion_length]
             count += 1
-            yield {"prompt": array("i", x[-config.max_prompt_length :]),  # 4 bytes an id, not 36
-                   "completion": array("i", y[: config.max_completion_length]),
-                   "label": row["label"],
-                   "is_held_out": config.holdout > 0 and count % config.holdout == 0}
+            is_held_out = config.holdout > 0 and count % config.holdout == 0
+            yield {"prompt": array("i", x), "completion": array("i", y),  # 4 bytes an id
+                   "label": bool(row["label"]), "is_held_out": is_held_out}
 
 def training_batches(config, tokenizer):
     """Stream the full batches of all epochs, each epoch in an order of its own."""
@@ -346,41 +343,43 @@ def training_batches(config, tokenizer):
         yield from batches
 
 def survey(config, tokenizer):
-    """Read every row once and report, so that a bad one is refused before anything slow.
-    Returns the held-out rows as one batch, the steps of an epoch, the longest x and y."""
-    n = {True: 0, False: 0}  # rows to train on, by label
+    """Read every row once and report, so that a bad one is refused before anything slow. Returns
+    the held-out rows as one batch, the steps of an epoch, the longest x and y."""
+    n_d, n_u = 0, 0  # desirable and undesirable rows to train on
     held_out = {"prompt": [], "completion": [], "label": []}
     longest = {"prompt": [], "completion": []}
     for row in tqdm(read_rows(config, tokenizer), "reading", disable=None):
-        for key in longest:
-            longest[key] = max(longest[key], row[key], key=len)
+        for name in longest:
+            longest[name] = max(longest[name], row[name], key=len)
         if row["is_held_out"]:
-            for key in held_out:
-                held_out[key].append(row[key])
+            for name in held_out:
+                held_out[name].append(row[name])
+        elif row["label"]:
+            n_d += 1
         else:
-            n[row["label"]] += 1
+            n_u += 1
 
-    steps, left_over = divmod(n[True] + n[False], config.batch_size)
-    if steps == 0:
+    per_epoch, left_over = divmod(n_d + n_u, config.batch_size)
+    if per_epoch == 0:
         raise InputError(f"{left_over} rows to train on fill no batch: see --batch_size, --holdout")
-    print(f"data     n_D = {n[True]}, n_U = {n[False]}; held out {len(held_out['label'])} rows,",
+    print(f"data     n_D = {n_d}, n_U = {n_u}; held out {len(held_out['label'])} rows,",
           f"{sum(held_out['label'])} of them desirable")
-    print(f"steps    {steps} an epoch; {left_over} rows are left over in each")
+    print(f"steps    {per_epoch} an epoch; {left_over} rows are left over in each")
     print(f"longest  {len(longest['prompt'])} and {len(longest['completion'])} tokens, x and y")
-    print("prompt  ", tokenizer.decode(row["prompt"]))  # of the last row, as an example
-    print("scored  ", tokenizer.decode(row["completion"]))
-    d, u = config.lambda_d * n[True], config.lambda_u * n[False]
-    if d * u == 0:
+    print("last row", tokenizer.decode(row["prompt"]), "->", tokenizer.decode(row["completion"]))
+
+    weight_d, weight_u = config.lambda_d * n_d, config.lambda_u * n_u
+    if weight_d * weight_u == 0:
         print("WARNING  only one class counts: imitated if desirable, unlearned if undesirable")
     else:
-        print(f"balance  lambda_D n_D / (lambda_U n_U) = {d / u:.3g}; Eq. 9 wants 1 to 1.5, that "
-              f"is --lambda_d {u / n[True]:.4g} to {1.5 * u / n[True]:.4g}")
-    return held_out, steps, longest
+        print(f"balance  lambda_D n_D / (lambda_U n_U) = {weight_d / weight_u:.3g}; for 1 to 1.5",
+              f"as in Eq. 9 take --lambda_d {weight_u / n_d:.4g} to {1.5 * weight_u / n_d:.4g}")
+    return held_out, per_epoch, longest
 
 # ---- The models ----------------------------------------------------------------------------------
 def tiny_model(config, tokenizer):
-    """A toy: a small Llama, taught the undesirable rows and a fourth of the desirable ones. So it
-    finds most of these unlikely, and z0 rises as it learns to write such completions."""
+    """A toy: a small Llama, taught the undesirable rows and every fourth row. So it finds most
+    desirable completions unlikely, and z0 rises as it learns to write them."""
     torch.manual_seed(config.seed)
     torch.set_num_threads(1)  # more would only wait for each other at this size
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -388,7 +387,7 @@ def tiny_model(config, tokenizer):
         hidden_size=128, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4))
     model.to(config.device)
     rows = [row for row in read_rows(config, tokenizer) if not row["is_held_out"]]
-    taught = [row for row in rows if not row["label"]] + [row for row in rows if row["label"]][::4]
+    taught = [row for i, row in enumerate(rows) if i % 4 == 0 or not row["label"]]
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(500):
         optimizer.param_groups[0]["lr"] = 2.5e-3 * (1 - step / 500)
@@ -412,7 +411,7 @@ def load_tokenizer(config):
         return tokenizer
 
 def load_model(config, tokenizer, longest):
-    """The causal language model --model, in float32. InputError if it is not made for the rows."""
+    """The causal language model --model, in float32. InputError if it cannot take the rows."""
     with blame(f"--model {config.model} on --device {config.device}"):
         if config.model == "tiny":
             return tiny_model(config, tokenizer)
@@ -420,27 +419,27 @@ def load_model(config, tokenizer, longest):
             config.model, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"]:
             raise InputError(f"it lacks the weights {sorted(info['missing_keys'])}")
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            raise InputError(f"its tokenizer has {len(tokenizer)} ids, more than it embeds")
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
         x, y = longest["prompt"], longest["completion"]
-        if len(x) + len(y) > limit:
+        if max(*x, *y, tokenizer.eos_token_id) >= model.get_input_embeddings().num_embeddings:
+            raise InputError("it has fewer embeddings than its tokenizer has ids")
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+        if len(x) + len(y) > limit:  # x and y of two rows may meet in a mismatched pair
             raise InputError(f"takes {limit} tokens, not {len(x)} + {len(y)}: --max_prompt_length")
 
-        # A causal model scores the first token of y alike, whatever stands to the right of it.
+        # completion_logps has no mask: to a causal model padding on the right makes no difference.
         model.to(config.device)
-        alone = score(model, [x], [y[:1]], micro_batch_size=2)
-        with_more = score(model, [x, x], [y[:1], y], micro_batch_size=2)[:1]
-        if not torch.allclose(alone, with_more, atol=1e-3):
+        alone = score(model, [x], [y[:1]], 2)
+        padded = score(model, [x, x], [y[:1], y], 2)[:1]
+        if not torch.allclose(alone, padded, atol=1e-3):
             raise InputError("it is not causal: its output depends on tokens to the right")
         return model
 
 # ---- The run -------------------------------------------------------------------------------------
 def checkpoint_path(config):
-    """Named after the settings and the data: a run that would give another result has another."""
+    """Named after the settings (the model by its name) and the data: with others, another name."""
     decisive = dict(vars(config))
     for name in ("data", "output", "device", "micro_batch_size", "save_every", "resume"):
-        del decisive[name]  # may change: the result is the same, up to rounding
+        del decisive[name]  # may change (auto dtype follows the device): the same up to rounding
     with open(config.data, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(json.dumps(decisive).encode())
@@ -449,8 +448,9 @@ def checkpoint_path(config):
 def save_checkpoint(path, log, parts):
     """Write the log and the states of `parts`; the file gets its name when it is complete."""
     state = {name: part.state_dict() for name, part in parts.items()}
-    torch.save(state | {"log": log}, path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
+    partial = path.with_suffix(".partial")
+    torch.save(state | {"log": log}, partial)
+    partial.replace(path)
 
 def load_checkpoint(path, parts):
     """Restore the states of `parts`, and return the log. Raises InputError if that cannot be."""
@@ -463,8 +463,8 @@ def load_checkpoint(path, parts):
 def run(policy, reference, batches, held_out, per_epoch, config):
     """Train, with all that watches over it: log, chart, evaluation, checkpoints, signals."""
     steps = config.epochs * per_epoch
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0)
-    schedule = transformers.get_scheduler(
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+    schedule = transformers.get_scheduler(  # warm-up and decay are our choice
         "cosine_warmup_with_min_lr", optimizer, steps // 10, steps, {"min_lr_rate": 0.1})
     parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
     checkpoint = checkpoint_path(config)
@@ -473,9 +473,9 @@ def run(policy, reference, batches, held_out, per_epoch, config):
 
     # The log starts as the checkpoint has it: what a killed run did after that is done again.
     file = open(Path(config.output, "metrics.jsonl"), "w", buffering=1)
-    file.writelines(json.dumps(entry) + "\n" for entry in log)
-    for _ in log:  # skip the batches of the steps that are done
-        next(batches)
+    for entry in log:
+        print(json.dumps(entry), file=file)
+        next(batches)  # skip the batch of a step already done
     heard = []  # signals: heard at once, obeyed after the step in hand
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda number, frame: heard.append(number))
@@ -483,12 +483,12 @@ def run(policy, reference, batches, held_out, per_epoch, config):
     settings = {"beta": config.beta, "lambda_d": config.lambda_d, "lambda_u": config.lambda_u,
                 "micro_batch_size": config.micro_batch_size}
     entries = train(policy, reference, batches, optimizer, schedule, len(log), **settings)
-    print(f"\n  step  mean r of D and U; z: z0; one dot is {0.1 / config.beta:g} nats; middle: 0")
+    print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
     for entry in tqdm(entries, initial=len(log), total=steps, disable=None):
-        if len(log) % math.ceil(steps / 16) == 0:
+        if entry["step"] % math.ceil(steps / 16) == 0:
             tqdm.write(chart(entry, config.beta))
         log.append(entry)
-        if len(log) % per_epoch == 0 and len(held_out["label"]) > 1:
+        if len(log) % per_epoch == 0 and len(held_out["label"]) > 1:  # z0 takes two
             with torch.no_grad():
                 figures = kto_step(policy, reference, held_out, **settings)
             entry |= {f"eval_{name}": value for name, value in figures.items()}
@@ -517,20 +517,21 @@ def chart(entry, beta):
 def main():
     config = read_flags()
     is_in_use = any(Path(config.output).glob("*.json*"))  # by a model or a log
-    if is_in_use and not config.resume and config.output != "kto-tiny":
+    if is_in_use and not config.resume and config.output != "kto-tiny":  # the demo's may go
         raise InputError(f"{config.output} is in use: name another, delete it, or --resume")
 
     tokenizer = load_tokenizer(config)
     held_out, per_epoch, longest = survey(config, tokenizer)
     policy = load_model(config, tokenizer, longest).eval()  # eval: no dropout
     reference = copy.deepcopy(policy).requires_grad_(False)
-    if config.dtype == "bfloat16":  # for the forward passes; the weights stay float32
+    if config.dtype == "bfloat16":  # in forward passes, whoever calls them; weights stay float32
         for model in (policy, reference):
             model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}")
 
     log = run(policy, reference, training_batches(config, tokenizer), held_out, per_epoch, config)
     tokenizer.save_pretrained(config.output)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is saved: now Ctrl-C ends it at once
     for prompt in held_out["prompt"][:3]:
         print("\n" + tokenizer.decode(prompt, skip_special_tokens=True))
         ids = torch.tensor([prompt], device=policy.device)
@@ -538,13 +539,12 @@ def main():
             answer = model.generate(ids, max_new_tokens=64, do_sample=False)[0, len(prompt) :]
             print(f"  {name:6} {tokenizer.decode(answer, skip_special_tokens=True).strip()}")
 
-    z0 = [entry["z0"] for entry in log]
-    print(f"\nz0 > 0 in {sum(z > 0 for z in z0)} of {len(z0)} steps, up to {max(z0):.1f} nats:",
-          "so much likelier became other rows' completions; each row is judged by r - z0.")
+    above = sum(entry["z0"] > 0 for entry in log)
+    print(f"\nIn {above} of {len(log)} steps answers to other prompts had become likelier: z0 > 0.")
 
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, OSError, ArithmeticError) as error:
+    except (InputError, OSError, FloatingPointError) as error:
         print(str(error).partition("\n")[0], file=sys.stderr)
         sys.exit(2)
