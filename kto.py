@@ -420,7 +420,7 @@ def load_model(config, tokenizer, longest):
         if info["missing_keys"]:
             raise InputError(f"it lacks the weights {sorted(info['missing_keys'])}")
         x, y = longest["prompt"], longest["completion"]
-        if max(*x, *y, tokenizer.eos_token_id) >= model.get_input_embeddings().num_embeddings:
+        if max(*x, *y) >= model.get_input_embeddings().num_embeddings:
             raise InputError("it has fewer embeddings than its tokenizer has ids")
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
         if len(x) + len(y) > limit:  # x and y of two rows may meet in a mismatched pair
