@@ -246,7 +246,7 @@ def read_flags():
 
 # ---- The data: line of a file -> row of text -> row of token ids -> batch ------------------------
 A_ROW = """. A row is one line, {"prompt": text or messages, "completion": text or [message], \
-"label": true or false}; of a JSON array each element becomes a line, of a preference pair two"""
+"label": true or false}; of a JSON array make each element a line, of a preference pair two"""
 
 def parse_row(line):
     """One line of JSONL, as bytes -> {"prompt", "completion", "label"}, or ValueError."""
@@ -420,7 +420,7 @@ def load_model(config, tokenizer, longest):
         if info["missing_keys"]:
             raise InputError(f"it lacks the weights {sorted(info['missing_keys'])}")
         x, y = longest["prompt"], longest["completion"]
-        if max(*x, *y) >= model.get_input_embeddings().num_embeddings:
+        if max(*x, *y, tokenizer.eos_token_id) >= model.get_input_embeddings().num_embeddings:
             raise InputError("it has fewer embeddings than its tokenizer has ids")
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
         if len(x) + len(y) > limit:  # x and y of two rows may meet in a mismatched pair
@@ -439,7 +439,7 @@ def checkpoint_path(config):
     """Named after the settings (the model by its name) and the data: with others, another name."""
     decisive = dict(vars(config))
     for name in ("data", "output", "device", "micro_batch_size", "save_every", "resume"):
-        del decisive[name]  # may change (auto dtype follows the device): the same up to rounding
+        del decisive[name]  # may change: the same up to rounding. Not dtype: auto follows device
     with open(config.data, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(json.dumps(decisive).encode())
@@ -516,8 +516,8 @@ def chart(entry, beta):
 
 def main():
     config = read_flags()
-    is_in_use = any(Path(config.output).glob("*.json*"))  # by a model or a log
-    if is_in_use and not config.resume and config.output != "kto-tiny":  # the demo's may go
+    is_in_use = any(Path(config.output).glob("*.json*"))  # by a model or a log; the demo's may go
+    if is_in_use and not config.resume and (config.model, config.output) != ("tiny", "kto-tiny"):
         raise InputError(f"{config.output} is in use: name another, delete it, or --resume")
 
     tokenizer = load_tokenizer(config)

@@ -536,7 +536,7 @@ def decoded(prompt, completion):
     tokenizer = byte_tokenizer()
     return f"{tokenizer.decode(prompt)} -> {tokenizer.decode(completion)}"
 
-def test_odd_but_usable_lines_are_read_without_a_word(tmp_path, capsys):
+def test_odd_but_usable_lines_are_read(tmp_path):
     lines = (
         "\ufeff" + GOOD + "\r\n"  # a byte order mark, and the end of a line on Windows
         " \t\r\n"
@@ -552,7 +552,6 @@ def test_odd_but_usable_lines_are_read_without_a_word(tmp_path, capsys):
         read.append(f"{text} {row['label']} {row['is_held_out']}")
     assert read == ["Hi -> Hello</s> True False", "2024-01-01 -> 12.50</s> False True",
                     "a\u2028b\x85c ->  d </s> True False"]
-    assert capsys.readouterr() == ("", "")
 
 def settings_for(folder, letters, holdout=0, **others):
     """Settings of a run on a row for each letter, its prompt and completion; capitals are good."""
@@ -722,17 +721,16 @@ def test_unequal_classes_get_the_weight_of_eq_9_and_one_alone_a_warning(
 
 # ---- The models ----------------------------------------------------------------------------------
 
-def load_with(folder, x_tokens=28, device="cpu"):
+def load_with(folder, x_tokens=28, y=6, device="cpu"):
     """As in a run whose longest prompt has x_tokens, and whose longest completion has 100."""
-    longest = {"prompt": [5] * x_tokens, "completion": [6] * 100}
+    longest = {"prompt": [5] * x_tokens, "completion": [y] * 100}
     config = kto.Config(model=str(folder), device=device)
     return kto.load_model(config, byte_tokenizer(), longest)
 
-def load_error(folder, x_tokens=28, device="cpu"):
+def load_error(folder, **others):
     """What is said, in one line, of a model that cannot be used."""
-    with pytest.raises(
-            kto.InputError, match=f"^--model {folder} on --device {device}: .*$") as error:
-        load_with(folder, x_tokens, device)
+    with pytest.raises(kto.InputError, match=f"^--model {folder} on --device .*$") as error:
+        load_with(folder, **others)
     return str(error.value)
 
 def test_a_model_is_loaded_in_float32_on_the_device_that_is_named(tmp_path):
@@ -767,9 +765,10 @@ def test_a_model_that_names_no_length_takes_any(tmp_path):
     load_with(tmp_path, x_tokens=1000)
 
 def test_an_id_without_an_embedding_is_refused(tmp_path):
-    random_model("bloom", vocab_size=7).save_pretrained(tmp_path)
-    load_with(tmp_path)  # the highest id is 6
-    random_model("bloom", vocab_size=6).save_pretrained(tmp_path)
+    random_model("bloom", vocab_size=258).save_pretrained(tmp_path)
+    load_with(tmp_path)  # the highest id is EOS, 257
+    assert "fewer embeddings" in load_error(tmp_path, y=258)
+    random_model("bloom", vocab_size=257).save_pretrained(tmp_path)
     assert "fewer embeddings" in load_error(tmp_path)
 
 def test_an_encoder_is_refused_since_it_sees_to_the_right(tmp_path):
@@ -1089,6 +1088,8 @@ def test_the_toy_may_be_run_again_and_again_in_its_own_folder(small, tmp_path, m
         start(small, "kto-tiny", "--model tiny --epochs 2 --holdout 0")
         start(small, "kto-tiny", "--model tiny --epochs 1 --holdout 0")
     assert len(read_log(Path("kto-tiny"))) == 5
+    with pytest.raises(kto.InputError, match="in use"):
+        start(small, "kto-tiny")  # another model
 
 def test_what_cannot_be_used_is_one_line_and_status_2(refused, tmp_path):
     data, output = tmp_path / "rows.jsonl", tmp_path / "output"
@@ -1424,7 +1425,7 @@ def test_the_readmes_converters_make_rows():
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     rows.append(make["sharegpt_to_row"](turns, True))
     assert [row["label"] for row in rows] == [False, True, True, False, True]
-    for row, answer in zip(rows, "bbbcb", strict=True):
+    for row, answer in zip(rows, "bbbcb"):
         assert texts(byte_tokenizer(BARE), row["prompt"], row["completion"]) == (
             f"user: a\nassistant:  -> {answer}</s>")
 
