@@ -410,8 +410,8 @@ def load_tokenizer(config):
             raise InputError("its tokenizer has no EOS token; give it one")
         return tokenizer
 
-def load_model(config, tokenizer, longest):
-    """The causal language model --model, in float32. InputError if it cannot take the rows."""
+def load_model(config, tokenizer, x, y):
+    """The causal model --model, in float32. InputError if it cannot take x and y, the longest."""
     with blame(f"--model {config.model} on --device {config.device}"):
         if config.model == "tiny":
             return tiny_model(config, tokenizer)
@@ -419,12 +419,12 @@ def load_model(config, tokenizer, longest):
             config.model, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"]:
             raise InputError(f"it lacks the weights {sorted(info['missing_keys'])}")
-        x, y = longest["prompt"], longest["completion"]
         if max(*x, *y, tokenizer.eos_token_id) >= model.get_input_embeddings().num_embeddings:
             raise InputError("it has fewer embeddings than its tokenizer has ids")
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-        if len(x) + len(y) > limit:  # x and y of two rows may meet in a mismatched pair
-            raise InputError(f"takes {limit} tokens, not {len(x)} + {len(y)}: --max_prompt_length")
+        length = len(x) + max(len(y), 64)  # y of another row, or an answer shown at the end
+        if length > limit:
+            raise InputError(f"takes {limit} tokens, not {length}: lower --max_prompt_length")
 
         # completion_logps has no mask: to a causal model padding on the right makes no difference.
         model.to(config.device)
@@ -439,7 +439,7 @@ def checkpoint_path(config):
     """Named after the settings (the model by its name) and the data: with others, another name."""
     decisive = dict(vars(config))
     for name in ("data", "output", "device", "micro_batch_size", "save_every", "resume"):
-        del decisive[name]  # may change: the same up to rounding. Not dtype: auto follows device
+        del decisive[name]  # may change, up to rounding. dtype may not: name it on another device
     with open(config.data, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(json.dumps(decisive).encode())
@@ -522,7 +522,7 @@ def main():
 
     tokenizer = load_tokenizer(config)
     held_out, per_epoch, longest = survey(config, tokenizer)
-    policy = load_model(config, tokenizer, longest).eval()  # eval: no dropout
+    policy = load_model(config, tokenizer, *longest.values()).eval()  # eval: no dropout
     reference = copy.deepcopy(policy).requires_grad_(False)
     if config.dtype == "bfloat16":  # in forward passes, whoever calls them; weights stay float32
         for model in (policy, reference):

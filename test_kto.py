@@ -721,11 +721,10 @@ def test_unequal_classes_get_the_weight_of_eq_9_and_one_alone_a_warning(
 
 # ---- The models ----------------------------------------------------------------------------------
 
-def load_with(folder, x_tokens=28, y=6, device="cpu"):
-    """As in a run whose longest prompt has x_tokens, and whose longest completion has 100."""
-    longest = {"prompt": [5] * x_tokens, "completion": [y] * 100}
+def load_with(folder, x_tokens=64, y=6, device="cpu"):
+    """As in a run whose longest prompt has x_tokens, and whose longest completion has 60."""
     config = kto.Config(model=str(folder), device=device)
-    return kto.load_model(config, byte_tokenizer(), longest)
+    return kto.load_model(config, byte_tokenizer(), [5] * x_tokens, [y] * 60)
 
 def load_error(folder, **others):
     """What is said, in one line, of a model that cannot be used."""
@@ -754,9 +753,9 @@ def test_weights_that_are_cut_short_are_refused(tmp_path):
 
 def test_a_model_that_is_too_short_is_refused_with_a_flag_to_lower(tmp_path):
     random_model("gpt2").save_pretrained(tmp_path)
-    load_with(tmp_path)  # 28 + 100 tokens fit into 128
-    error = load_error(tmp_path, x_tokens=29)
-    assert re.search("128 tokens.*29.*--max_prompt_length", error)
+    load_with(tmp_path)  # 64 tokens, and an answer of 64, fit into 128
+    error = load_error(tmp_path, x_tokens=65)
+    assert re.search("128 tokens, not 129: .*--max_prompt_length", error)
 
 def test_a_model_that_names_no_length_takes_any(tmp_path):
     model = random_model("bloom")
