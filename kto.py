@@ -421,7 +421,7 @@ def load_model(config, tokenizer, x, y):
             raise InputError(f"it lacks the weights {sorted(info['missing_keys'])}")
         if max(*x, *y, tokenizer.eos_token_id) >= model.get_input_embeddings().num_embeddings:
             raise InputError("it has fewer embeddings than its tokenizer has ids")
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+        limit = getattr(model.config, "max_position_embeddings", math.inf)
         length = len(x) + max(len(y), 64)  # y of another row, or an answer shown at the end
         if length > limit:
             raise InputError(f"takes {limit} tokens, not {length}: lower --max_prompt_length")
