@@ -218,7 +218,7 @@ class Config:
     lambda_u: float = 1.0  # lambda_U, weight of undesirable rows (Eq. 9)
     max_prompt_length: int = 512  # tokens kept, from the end of the prompt
     max_completion_length: int = 512  # tokens kept, from the start of the completion
-    holdout: int = 11  # every 11th row is for evaluation (odd: finds both in D, U, D, U); 0: none
+    holdout: int = 11  # every n-th row is for evaluation (odd: finds both in D, U, D, U); 0: none
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward passes
     seed: int = 0  # of the order of the rows and of the tiny model
