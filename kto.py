@@ -52,7 +52,7 @@ def kto_loss(policy_logps, reference_logps, z0, desirable, beta=0.1, lambda_d=1.
     """The KTO loss of each row, lambda_y - v(x, y): a tensor (B,), not yet averaged (Eq. 8).
 
     `policy_logps`, `reference_logps`: (B,), log pi(y|x) of each row, in nats. `z0`: the scalar of
-    `reference_point`. `desirable`: bool (B,), in any mix. Raises RuntimeError if it is not bool.
+    `reference_point`. `desirable`: bool (B,), in any mix. Raises RuntimeError if it is of ints.
     """
     r = policy_logps - reference_logps  # (B,)
     v_desirable = lambda_d * torch.sigmoid(beta * (r - z0))  # (B,)
@@ -99,7 +99,7 @@ def completion_logps(model, prompts, completions):
         marks[len(x) - 1 :][: len(y)] = True  # from x's last token on, len(y) of them
 
     # Logits are the largest tensor: so the last layer, the head, is given only the states that
-    # predict y. The same without this hook, but costlier: `model(ids).logits[:, :-1][is_scored]`.
+    # predict y. The hook ends with the block. Costlier: `model(ids).logits[:, :-1][is_scored]`.
     def keep_scored(head, inputs):
         return inputs[0][:, :-1][is_scored]  # (B, T, H) -> (N, H)
 
@@ -132,7 +132,7 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **weights):
     """Steps 2 to 5: adds the gradient of the mean loss to the policy's .grad; returns the figures.
 
     `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m bools}, m >= 2, in
-    random order: the next row must not have the same x. `weights`: beta, lambda_d, lambda_u. Put
+    random order: the next row should not have the same x. `weights`: beta, lambda_d, lambda_u. Put
     both models in eval mode: dropout is noise in r. Under `torch.no_grad()` it only evaluates.
     """
     prompts, completions = batch["prompt"], batch["completion"]
@@ -211,7 +211,7 @@ class Config:
     output: str | None = None  # folder for the result; kto-MODEL if not given
     epochs: int = 3  # passes over the data
     batch_size: int = 32  # m, the rows of one step (useful: 8 to 128)
-    micro_batch_size: int = 8  # rows in memory at once; changes no result
+    micro_batch_size: int = 8  # rows in memory at once; no result changes but for rounding
     lr: float | None = None  # peak learning rate; if not given 5e-6, for "tiny" 5e-4
     beta: float = 0.1  # larger saturates sooner: nearer the reference (Eq. 8)
     lambda_d: float = 1.0  # lambda_D, weight of desirable rows (Eq. 9)
@@ -300,15 +300,15 @@ def encode(row, tokenizer):
 
 def render(messages, answer, tokenizer):
     """(what the model is given, what it then wrote): two texts, by the chat template. The first is
-    the start that asking for an answer and the answered chat share; the second is the rest of the
-    answered chat. Asked and answered may differ only after the last message: there reasoning
+    where two renderings agree, the chat that asks for an answer and the chat with the answer; the
+    second is the rest of the latter. They may differ only after the last message: there reasoning
     models open a thought when asked, which an answered chat closes or leaves out."""
     with blame("the chat template cannot render it"):
         asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         unasked, answered, other = tokenizer.apply_chat_template(
             [messages, messages + answer, messages + as_messages("x", "assistant")], tokenize=False)
 
-    # The other answer stops agreement by chance: if asked ends in "<think>", "<b>" shares its "<".
+    # If asked ends in "<think>", an answer "<b>" shares its "<"; the other answer, "x", does not.
     # Asked and unasked agree up to the end of the last message: given must reach as far.
     given = os.path.commonprefix([asked, answered, other])
     if len(given) < len(os.path.commonprefix([asked, unasked])):
@@ -439,7 +439,7 @@ def checkpoint_path(config):
     """Named after the settings (the model by its name) and the data: with others, another name."""
     decisive = dict(vars(config))
     for name in ("data", "output", "device", "micro_batch_size", "save_every", "resume"):
-        del decisive[name]  # may change, up to rounding. dtype may not: name it on another device
+        del decisive[name]  # may change, up to rounding; dtype may not: auto varies, so give it
     with open(config.data, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(json.dumps(decisive).encode())
@@ -464,7 +464,7 @@ def run(policy, reference, batches, held_out, per_epoch, config):
     """Train, with all that watches over it: log, chart, evaluation, checkpoints, signals."""
     steps = config.epochs * per_epoch
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    schedule = transformers.get_scheduler(  # warm-up and decay are our choice
+    schedule = transformers.get_scheduler(  # the schedule is our choice
         "cosine_warmup_with_min_lr", optimizer, steps // 10, steps, {"min_lr_rate": 0.1})
     parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
     checkpoint = checkpoint_path(config)
