@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: MIT-0
 """KTO in one file: align a language model with thumbs up and thumbs down.
 
-The paper: "KTO: Model Alignment as Prospect Theoretic Optimization", Ethayarajh et al., ICML 2024,
-arXiv 2402.01306; equations and sections are numbered as in its v5. The data are rows of a prompt x,
-a completion y and a label: y is desirable or undesirable. One training step:
+The paper is "KTO: Model Alignment as Prospect Theoretic Optimization", Ethayarajh et al.,
+ICML 2024, arXiv 2402.01306. Equations and sections are numbered as in its version 5.
+
+The data are rows of a prompt x, a completion y and a label, which says whether y is desirable
+or undesirable. One training step does this:
 
   1. Take m rows (x, y, label), in any mix of the two classes.
-  2. Pair each x with y', the completion of the next row; the last row takes that of the first.
-  3. Score: sum the log-probabilities of a completion's tokens, under the policy and the reference.
+  2. Pair: give each x the completion y' of the next row, and the last x that of the first row.
+  3. Score: sum the log-probabilities of a completion's tokens, under policy and reference.
   4. Reference point: z0 = max(0, mean over the m pairs (x, y') of log pi_theta - log pi_ref)  §4.1
-  5. Loss: lambda_y - v of each row; r = log pi_theta(y|x) - log pi_ref(y|x), and the value v  Eq. 8
+  5. Loss: with r = log pi_theta(y|x) - log pi_ref(y|x), it is lambda_y - v for each row.      Eq. 8
          v = lambda_D * sigmoid(beta * (r - z0))      if y is desirable
          v = lambda_U * sigmoid(beta * (z0 - r))      if y is undesirable
   6. Update: step down the gradient of the mean loss, in which z0 is a constant.              Eq. 10
 
+A step costs four forward passes, three of them without gradient, and one backward pass.
+
   in the paper          here                what it is
-  pi_theta, pi_ref      policy, reference   the model in training, its frozen starting point
+  pi_theta, pi_ref      policy, reference   the model in training, and its frozen starting point
   log pi(y|x)           logps               log-probabilities of completions, in nats
   r_theta(x, y), z_0    r, z0               implicit reward of a row, reference point of a batch
-  v(x, y), beta         v, beta             value of a row, and how soon it saturates
-  lambda_D, lambda_U    lambda_d, lambda_u  weight of desirable and of undesirable rows
+  v(x, y), beta         v, beta             value of a row, and how soon the value saturates
+  lambda_D, lambda_U    lambda_d, lambda_u  weights of desirable and of undesirable rows
   shapes: m rows a step, B rows a call, T tokens a row, N tokens scored, H hidden size, V vocabulary
 
   python kto.py                                                    offline, two CPU cores, a minute
@@ -35,10 +39,11 @@ import inspect
 import json
 import math
 import os
+import re
 import signal
 import sys
+import tempfile
 import time
-from array import array
 from pathlib import Path
 from typing import Literal
 
@@ -48,44 +53,56 @@ import transformers
 from tqdm import tqdm
 
 # ==== Part one: KTO, complete, down to the training loop ==========================================
+
+
 def kto_loss(policy_logps, reference_logps, z0, desirable, beta=0.1, lambda_d=1.0, lambda_u=1.0):
     """The KTO loss of each row, lambda_y - v(x, y): a tensor (B,), not yet averaged (Eq. 8).
 
-    `policy_logps`, `reference_logps`: (B,), log pi(y|x) of each row, in nats. `z0`: the scalar of
-    `reference_point`. `desirable`: bool (B,), in any mix. Raises RuntimeError if it is of ints.
+    `policy_logps` and `reference_logps` are tensors (B,): log pi(y|x) of each row, in nats.
+    `z0` is the scalar that `reference_point` returns. `desirable` is a bool tensor (B,), in any
+    mix of the classes; a tensor of ints raises RuntimeError.
     """
     r = policy_logps - reference_logps  # (B,)
     v_desirable = lambda_d * torch.sigmoid(beta * (r - z0))  # (B,)
     v_undesirable = lambda_u * torch.sigmoid(beta * (z0 - r))  # (B,)
     return torch.where(desirable, lambda_d - v_desirable, lambda_u - v_undesirable)
 
-def reference_point(policy_logps, reference_logps):
+
+def reference_point(policy_next_logps, reference_next_logps):
     """z0, an estimate of KL(pi_theta || pi_ref): a scalar (), >= 0, in nats, no gradient (§4.1).
 
-    Both arguments are (m,), in nats: log pi(y'|x) of the m *mismatched* pairs of a step, m >= 2.
+    Both arguments are tensors (m,), in nats: log pi(y'|x) of the m *mismatched* pairs of a step,
+    in which each prompt has the completion of the next row. They are not the log-probabilities
+    that `kto_loss` takes: with those, z0 would be the mean reward.
+
     What z0 is for: a reward r is good or bad only in comparison. If the policy made every
     completion more likely, good or bad, r and z0 would rise together and no value would be gained.
-    - Mismatched pairs. z0 stands for any answer, but a row's own y is in the data because it is
-      good or bad for x. So rows exchange their completions: of (x1, y1) and (x2, y2), z0 takes
-      (x1, y2) and (x2, y1). That is biased; the KL itself needs samples of the policy: slow.
-    - The mean over all m rows of a step. How many rows fit in memory at once must not matter.
-    - The clamp. A KL divergence is never negative, but its estimate from m pairs can be.
-    - No gradient. z0 is what r is measured from; the policy must not gain by moving the mark.
-      (In this file the pairs have no gradient anyway; `detach` is for those who copy.)
+    - Why mismatched pairs: z0 stands for any answer, but a row's own y is in the data because it
+      is good or bad for x. So the rows exchange their completions: of (x1, y1) and (x2, y2), z0
+      takes (x1, y2) and (x2, y1). This is biased. The KL itself would need answers that are
+      sampled from the policy, which is slow.
+    - Why the mean over all m rows of a step: the number of rows that fit into memory at once
+      must not change the result.
+    - Why the clamp: a KL divergence is never negative, but its estimate from m pairs can be.
+    - Why no gradient: r is measured from z0, and the policy must not gain by moving z0. In this
+      file the pairs are scored without gradient anyway; `detach` is there for those who copy.
     """
-    return (policy_logps - reference_logps).mean().clamp(min=0).detach()
+    return (policy_next_logps - reference_next_logps).mean().clamp(min=0).detach()
+
 
 def completion_logps(model, prompts, completions):
     """log pi(y|x) of each row: (B,), float32, in nats, summed (not averaged) over y's tokens.
 
-    `model` is a causal LM of transformers; `prompts` and `completions` are B lists of token ids,
-    not padded. What is scored is decided by position, never by token id: an end token counts, even
-    if padding has its id. Raises ValueError if a prompt is empty or the two lists differ in length.
+    `model` is a causal LM of transformers; `prompts` and `completions` are two lists of B lists
+    of token ids, not padded. A completion ends with the model's end token, which is scored like
+    any other token. (A completion that was cut for its length did not end there, so it has none.)
+    Raises ValueError if a prompt is empty or if the two lists differ in length.
     """
     if not all(prompts):
-        raise ValueError("a prompt without tokens: the first completion token needs one before it")
+        raise ValueError("a prompt has no tokens: the first completion token needs one before it")
 
-    # A row is x, y and padding. A causal model never looks to the right: no attention mask.
+    # A row is x, then y, then padding. A causal model never looks to the right, so the padding
+    # changes nothing, and no attention mask is needed.
     rows = [torch.tensor([*x, *y]) for x, y in zip(prompts, completions, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)  # (B, T)
 
@@ -93,32 +110,45 @@ def completion_logps(model, prompts, completions):
     #     outputs at  a   b   c
     #     targets     b   c   d        the same row, one token further on
     #     is_scored   0   1   1        1 where the target belongs to y
+    # Positions decide what is scored, not token ids: an end token counts even if padding has
+    # the same id.
     targets = ids[:, 1:]  # (B, T - 1)
     is_scored = torch.zeros_like(targets, dtype=torch.bool)  # (B, T - 1)
     for marks, x, y in zip(is_scored, prompts, completions):
-        marks[len(x) - 1 :][: len(y)] = True  # from x's last token on, len(y) of them
+        first = len(x) - 1  # the output at x's last token predicts y's first token
+        marks[first : first + len(y)] = True
 
-    # Logits are the largest tensor: so the last layer, the head, is given only the states that
-    # predict y. The hook ends with the block. Costlier: `model(ids).logits[:, :-1][is_scored]`.
+    # Without the hook below one would write
+    #     logits = model(input_ids=ids).logits[:, :-1][is_scored]
+    # and the model would compute logits of every position, most of which are thrown away. Logits
+    # are the largest tensor of all. The hook gives the model's last layer, its head, only the
+    # states that predict y. The hook is removed where the `with` block ends.
     def keep_scored(head, inputs):
         return inputs[0][:, :-1][is_scored]  # (B, T, H) -> (N, H)
 
     with model.get_output_embeddings().register_forward_pre_hook(keep_scored):
         logits = model(input_ids=ids, use_cache=False).logits.float()  # (N, V)
 
-    # Put each token's log-probability back in its place, 0 elsewhere, and sum over the row.
+    # Each token's log-probability goes back to its place. All other places are 0. Then each row
+    # is summed.
     nll = torch.nn.functional.cross_entropy(logits, targets[is_scored], reduction="none")  # (N,)
     token_logps = torch.zeros_like(targets, dtype=torch.float)  # (B, T - 1)
     token_logps[is_scored] = -nll
     return token_logps.sum(dim=1)  # (B,)
 
+
 def micro_batches(prompts, completions, size):
-    """Yield (index, prompts, completions) of at most `size` rows; index: their places, a tensor."""
-    # Rows of like length go together, for little padding, the longest first: if they fit, all do.
+    """Split m rows into micro-batches, as many rows as are in memory at once.
+
+    Yields (index, prompts, completions) of at most `size` rows. `index` is a tensor of the rows'
+    places among the m rows.
+    """
+    # Rows of similar length share a micro-batch, so that little is padded.
     lengths = [len(x) + len(y) for x, y in zip(prompts, completions, strict=True)]
     longest_first = torch.tensor(lengths).argsort(descending=True)
     for index in longest_first.split(size):
         yield index, [prompts[i] for i in index], [completions[i] for i in index]
+
 
 @torch.no_grad()
 def score(model, prompts, completions, micro_batch_size):
@@ -128,15 +158,25 @@ def score(model, prompts, completions, micro_batch_size):
         logps[index] = completion_logps(model, x, y)
     return logps
 
-def kto_step(policy, reference, batch, micro_batch_size=8, **weights):
-    """Steps 2 to 5: adds the gradient of the mean loss to the policy's .grad; returns the figures.
 
-    `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m bools}, m >= 2, in
-    random order: the next row should not have the same x. `weights`: beta, lambda_d, lambda_u. Put
-    both models in eval mode: dropout is noise in r. Under `torch.no_grad()` it only evaluates.
+def kto_step(policy, reference, batch, micro_batch_size=8, **weights):
+    """Steps 2 to 5 on one batch: adds the gradient of the mean loss to the policy's `.grad`.
+
+    `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m bools}. Its rows
+    must be in random order, because the next row should not have the same x: its y would then be
+    an answer to this very prompt, and z0 would measure what the rewards measure. The
+    `micro_batch_size` changes no number, only the memory that is needed. `weights` are beta,
+    lambda_d and lambda_u. Both models must be in eval mode, because dropout would be noise in r.
+
+    Returns what `metrics_of` takes, tensors (m,) without gradient: loss, r, z0, log-ratio of the
+    mismatched pair, and desirable. Under `torch.no_grad()` the step only evaluates. Raises
+    ValueError if m < 2.
     """
     prompts, completions = batch["prompt"], batch["completion"]
-    desirable = torch.tensor(batch["label"], device=policy.device)  # (m,)
+    desirable = torch.tensor(batch["label"], dtype=torch.bool, device=policy.device)  # (m,)
+    m = len(prompts)
+    if m < 2:
+        raise ValueError("z0 needs two rows: the next row of a single row is this row itself")
 
     # 2. Pair: each prompt with the completion of the next row.
     next_completions = completions[1:] + completions[:1]
@@ -151,91 +191,134 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **weights):
 
     # 3 and 5. Score with gradient, and loss. Each micro-batch adds its share of the mean loss.
     policy_logps = torch.zeros_like(reference_logps)  # (m,)
-    mean_loss = 0.0
+    losses = torch.zeros_like(reference_logps)  # (m,)
     for index, x, y in micro_batches(prompts, completions, micro_batch_size):
         logps = completion_logps(policy, x, y)  # (B,)
-        losses = kto_loss(logps, reference_logps[index], z0, desirable[index], **weights)  # (B,)
-        share = losses.sum() / len(prompts)  # ()
+        loss = kto_loss(logps, reference_logps[index], z0, desirable[index], **weights)  # (B,)
         if torch.is_grad_enabled():
-            share.backward()
-        mean_loss += share.item()
+            (loss.sum() / m).backward()
         policy_logps[index] = logps.detach()
+        losses[index] = loss.detach()
 
-    # The figures. A row is accurate if r is on its side of z0. A class without rows: None.
     r = policy_logps - reference_logps  # (m,)
-    kl = (policy_next_logps - reference_next_logps).mean()  # (), z0 before the clamp
-    d = r[desirable].mean().item() if desirable.any() else None
-    u = r[~desirable].mean().item() if not desirable.all() else None
-    margin = None if d is None or u is None else d - u
-    return {"loss": mean_loss, "z0": z0.item(), "kl": kl.item(),
-            "accuracy": ((r > z0) == desirable).float().mean().item(),
-            "reward_desirable": d, "reward_undesirable": u, "margin": margin}
+    kl = policy_next_logps - reference_next_logps  # (m,), its mean is z0 before the clamp
+    return losses, r, z0.expand(m), kl, desirable
 
-def train(policy, reference, batches, optimizer, schedule, first_step=0, **settings):
-    """The training loop: yields the figures of each step, after which a caller may save, or stop.
 
-    `batches`: iterable of what `kto_step` takes; `settings`: its keyword arguments. `first_step`
-    only numbers. Raises FloatingPointError before an update with an infinite or NaN gradient.
+def metrics_of(losses, r, z0, kl, desirable):
+    """The metrics of a step, or of several steps: means over rows, as a dict of floats.
+
+    The arguments are tensors (m,), as `kto_step` returns them. Rewards, margin, z0 and kl are in
+    nats and are not multiplied by beta. The reward of a class without rows is None. A row is
+    accurate if its r is on the right side of z0. At step 0 no r is above z0, so the accuracy is
+    then the share of undesirable rows.
+    """
+    reward_desirable = r[desirable].mean().item() if desirable.any() else None
+    reward_undesirable = r[~desirable].mean().item() if not desirable.all() else None
+    margin = None
+    if reward_desirable is not None and reward_undesirable is not None:
+        margin = reward_desirable - reward_undesirable
+    return {
+        "loss": losses.mean().item(),
+        "z0": z0.mean().item(),
+        "kl": kl.mean().item(),
+        "accuracy": ((r > z0) == desirable).float().mean().item(),
+        "reward_desirable": reward_desirable,
+        "reward_undesirable": reward_undesirable,
+        "margin": margin,
+    }
+
+
+def train(policy, reference, batches, optimizer, first_step=0, **settings):
+    """The training loop, as a generator: it trains while one iterates over it.
+
+        policy = AutoModelForCausalLM.from_pretrained(NAME, dtype=torch.float32)
+        policy.eval()  # no dropout
+        reference = copy.deepcopy(policy).requires_grad_(False)  # the frozen copy
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-6, weight_decay=0.0)
+        for metrics in train(policy, reference, batches, optimizer, beta=0.1):
+            print(metrics["loss"])
+
+    `batches` is an iterable of what `kto_step` takes, and `settings` are its keyword arguments.
+    Yields the metrics of each step after its update; the steps are numbered from `first_step`.
+    Raises FloatingPointError before an update whose gradient is infinite or NaN.
     """
     for step, batch in enumerate(batches, start=first_step):  # 1. Take m rows.
         start = time.perf_counter()
-        logged = kto_step(policy, reference, batch, **settings)  # 2 to 5.
+        metrics = metrics_of(*kto_step(policy, reference, batch, **settings))  # 2 to 5.
 
         # 6. Update, with the gradient clipped to a norm of 10 (Table 1).
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=10.0).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"step {step}: the gradient's norm is {norm}; lower the lr")
-        logged |= {"grad_norm": norm, "lr": schedule.get_last_lr()[0]}
+        lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-        yield {"step": step, **logged, "seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        yield {"step": step, **metrics, "grad_norm": norm, "lr": lr, "seconds": seconds}
+
 
 # ==== Part two: what a run needs besides. You may stop here: the method is complete. ==============
+
+
 class InputError(ValueError):
     """What the user gave cannot be used. The message says what was found, where, what to do."""
 
+
 @contextlib.contextmanager
-def blame(what, advice=""):
-    """Turns whatever is raised within, by a library too, into an InputError about `what`."""
+def about(what):
+    """Turns an error of a library into an InputError that begins with `what`.
+
+    Only single calls of a library stand inside, on something that the user named. Errors in this
+    file's own code are never caught, so they keep their traceback.
+    """
     try:
         yield
     except Exception as error:
-        raise InputError(f"{what}: {error}{advice}") from error
+        raise InputError(f"{what}: {error}") from error
+
 
 @dataclasses.dataclass
 class Config:
     """The settings of a run, each a flag. Defaults are the paper's where it names one (§4.2)."""
-    model: str = "tiny"  # hub name or folder; "tiny" is built and taught here
-    data: str = str(Path(__file__).with_name("data_sample.jsonl"))  # JSONL, the sample by default
-    output: str | None = None  # folder for the result; kto-MODEL if not given
+
+    model: str = "tiny"  # hub name or folder; "tiny" is a toy that is built and taught here
+    data: str = str(Path(__file__).with_name("data_sample.jsonl"))  # JSONL file of feedback
+    output: str | None = None  # folder for the result; if not given, kto-MODEL
     epochs: int = 3  # passes over the data
-    batch_size: int = 32  # m, the rows of one step (useful: 8 to 128)
-    micro_batch_size: int = 8  # rows in memory at once; no result changes but for rounding
-    lr: float | None = None  # peak learning rate; if not given 5e-6, for "tiny" 5e-4
-    beta: float = 0.1  # larger saturates sooner: nearer the reference (Eq. 8)
-    lambda_d: float = 1.0  # lambda_D, weight of desirable rows (Eq. 9)
-    lambda_u: float = 1.0  # lambda_U, weight of undesirable rows (Eq. 9)
-    max_prompt_length: int = 512  # tokens kept, from the end of the prompt
-    max_completion_length: int = 512  # tokens kept, from the start of the completion
-    holdout: int = 11  # every n-th row is for evaluation (odd: finds both in D, U, D, U); 0: none
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there is one, else cpu
+    batch_size: int = 32  # m, the rows of one step; 8 to 128 are useful
+    micro_batch_size: int | None = None  # rows in memory at once; if not given, it is found
+    lr: float | None = None  # peak learning rate; if not given, 5e-6, and 5e-4 for "tiny"
+    beta: float = 0.1  # a larger beta saturates sooner and keeps the policy nearer the reference
+    lambda_d: float = 1.0  # lambda_D, the weight of desirable rows (Eq. 9)
+    lambda_u: float = 1.0  # lambda_U, the weight of undesirable rows (Eq. 9)
+    max_prompt_length: int = 512  # tokens; a longer prompt loses its beginning
+    max_completion_length: int = 512  # tokens; a longer completion loses its end
+    holdout: float = 0.1  # share of the rows that are kept for evaluation; 0 keeps none
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto is cuda if there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward passes
-    seed: int = 0  # of the order of the rows and of the tiny model
-    save_every: int = 0  # steps between checkpoints; 0: only if interrupted
-    resume: bool = False  # go on from the checkpoint in --output
+    seed: int = 0  # decides the split, the order of the rows and the tiny model
+    save_every: int = 0  # steps between checkpoints; there is one at the end of each epoch anyway
+    resume: bool = False  # go on from the checkpoint in --output; without one, start
+
 
 def read_flags():
     """The Config of the command line, completed. --help shows the class above as it stands."""
-    parser = transformers.HfArgumentParser(Config, description=inspect.getsource(Config),
-                                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = transformers.HfArgumentParser(
+        Config,
+        description=inspect.getsource(Config),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     config = Config(**vars(parser.parse_args()))
-    least = {"batch_size": 2, "micro_batch_size": 1, "epochs": 1, "beta": 1e-3, "lr": 1e-9,
-             "max_prompt_length": 1, "max_completion_length": 1}
+
+    # Every number must be finite and at least 0, and some must be larger.
+    least = {"batch_size": 2, "micro_batch_size": 1, "epochs": 1, "beta": 1e-3, "lr": 1e-9}
+    least |= {"max_prompt_length": 1, "max_completion_length": 1}
     for name, value in vars(config).items():
         if isinstance(value, (int, float)) and not least.get(name, 0) <= value < math.inf:
             raise InputError(f"--{name} {value}: must be finite and {least.get(name, 0)} or more")
-    config.output = config.output or f"kto-{Path(config.model).name}"
+
+    config.output = Path(config.output or f"kto-{Path(config.model).name}")
     config.lr = config.lr or (5e-4 if config.model == "tiny" else 5e-6)
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -244,159 +327,297 @@ def read_flags():
         config.dtype = "bfloat16" if native and "cuda" in config.device else "float32"
     return config
 
-# ---- The data: line of a file -> row of text -> row of token ids -> batch ------------------------
-A_ROW = """. A row is one line, {"prompt": text or messages, "completion": text or [message], \
-"label": true or false}; of a JSON array make each element a line, of a preference pair two"""
+
+# ---- The data: a line of the file -> texts -> token ids -> batches -------------------------------
+
+A_ROW = """A row is one whole line, and a line is one row: {"prompt": text or messages, \
+"completion": text or [message], "label": true or false}. Write each element of a JSON array \
+on a line of its own, and a preference pair as two rows."""
+
+# Columns of a row, and keys of a message, that are there to change what is trained. This file
+# would not use them. Other columns are not used either; they are named before the training.
+NOT_SUPPORTED = """
+    system system_prompt system_message instruction instructions input context history documents
+    tools functions tool_calls function_call chat_template_kwargs
+    thought thinking reasoning reasoning_content reasoning_details
+    image images image_path image_url video videos audio audios"""
+
+
+def refuse_unsupported(fields):
+    """Raises InputError if a row or a message has a key that must not be ignored."""
+    for key, value in fields.items():
+        if key.lower() in NOT_SUPPORTED.split() and value:
+            raise InputError(f"{key} is not used here: move it into a message, or delete it")
+
 
 def parse_row(line):
-    """One line of JSONL, as bytes -> {"prompt", "completion", "label"}, or ValueError."""
-    text = line.decode("utf-8-sig").strip()
-    if not text.startswith("{"):
-        raise ValueError(f"not a JSON object: {text!r:.80}")
-    row = json.loads(text)
+    """One line of JSONL, as bytes -> a dict with prompt, completion and label, or InputError."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+        json.dumps(row, ensure_ascii=False).encode()  # fails at half a surrogate pair
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 text, so unpack or convert the file: {error}") from error
+    except (ValueError, RecursionError) as error:
+        what = str(error).replace("Extra data", "a second row begins on this line")
+        raise InputError(f"not one row of JSON: {what}") from error
+
+    if not isinstance(row, dict):
+        raise InputError(f"not a JSON object: {row!r:.80}")
     for key in ("prompt", "completion", "label"):
         if key not in row:
-            raise ValueError(f"no {key} among its keys {list(row)!r:.200}")
+            raise InputError(f"no {key} among its keys {list(row)!r:.200}")
     if row["label"] not in (0, 1):  # false and true are equal to 0 and 1
-        raise ValueError(f"label is {row['label']!r:.80}; write true or false, without quotes")
+        raise InputError(f"label is {row['label']!r:.80}; write true or false, without quotes")
+    refuse_unsupported(row)
     return row
 
-def as_messages(value, role):
-    """A text as a chat of one message, a chat as it is. Raises ValueError at anything else."""
+
+def as_messages(value, role, special):
+    """A text as a chat of one message, a chat as it is. Raises InputError at anything else."""
+    if not isinstance(value, (str, list)) or not value:
+        raise InputError(f"neither a text nor a list of messages: {value!r:.80}")
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"neither a text nor a list of messages: {value!r:.80}")
     for message in value:
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
-                raise ValueError(f"the {key} of a message must be a text: {message!r:.80}")
-        message["content"].encode()  # raises at half a surrogate pair, which no tokenizer takes
+                raise InputError(f"the {key} of a message must be a text: {message!r:.80}")
+        if message["role"] not in ("system", "developer", "user", "assistant", "tool"):
+            raise InputError(
+                f"unknown role {message['role']!r:.80}: take system, user or assistant"
+            )
+        refuse_unsupported(message)
+        found = special.search(message["content"])
+        if found:
+            raise InputError(
+                f"{found[0]!r} is a special token or a template's tag: delete or change it, and "
+                "write texts as a person reads them"
+            )
     return value
 
-def encode(row, tokenizer):
-    """(prompt, completion) of a row, as token ids: what the model is given, and what it then wrote,
-    with an end token. With a chat template, texts are messages. Raises ValueError."""
-    prompt, completion = row["prompt"], row["completion"]
-    messages, answer = as_messages(prompt, "user"), as_messages(completion, "assistant")
+
+def special_tokens(tokenizer):
+    """A pattern that finds what is no part of a text, such as EOS, <|im_start|> and [INST]."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    # Other models' texts may have been put into a template, too.
+    of_others = r"<[|｜][^|｜<>\s]+[|｜]>|\[/?INST\]|<(?:start|end)_of_turn>"
+    return re.compile("|".join([of_others, *map(re.escape, tokens)]))
+
+
+def render(row, tokenizer, special):
+    """A row as the model sees it: {"prompt": text, "completion": text, "goes_on": text}.
+
+    Without a chat template, the texts of the row stay as they are. With one, the prompt is what
+    two renderings have in common: the chat that asks for an answer, and the chat with the answer.
+    The completion is the rest of the latter. "goes_on" is the rest of the former: reasoning
+    models, for example, open a thought there, which an answered chat closes or leaves out.
+    `special` is the pattern of `special_tokens`. Raises InputError if the template loses a text
+    or adds one after the answer.
+    """
+    messages = as_messages(row["prompt"], "user", special)
+    answer = as_messages(row["completion"], "assistant", special)
     if len(answer) != 1 or answer[0]["role"] != "assistant":
-        raise ValueError("completion must be a text or a list of one message of the assistant")
+        raise InputError("completion must be a text or a list of one message of the assistant")
+    if messages[-1]["role"] == "assistant":
+        raise InputError("prompt ends with an answer: completion must be the whole answer")
+    if tokenizer.chat_template is None:
+        if messages is row["prompt"] or answer is row["completion"]:
+            raise InputError("messages need a chat template, and this tokenizer has none")
+        return {"prompt": row["prompt"], "completion": row["completion"], "goes_on": ""}
 
-    is_chat = tokenizer.chat_template or isinstance(prompt, list) or isinstance(completion, list)
-    if is_chat:
-        prompt, completion = render(messages, answer, tokenizer)
-    x, both = tokenizer([prompt, prompt + completion], add_special_tokens=not is_chat).input_ids
-    y = both[len(x) :]  # cut from both: alone, some tokenizers would put a space before it
-    if both[: len(x)] != x:  # unless a token lies across the border
-        y = tokenizer(completion, add_special_tokens=False).input_ids
-    if not x or not y:
-        raise ValueError("the prompt or the completion becomes no token at all")
-
-    # Most templates close an answer with a special token, which decodes to nothing here.
-    is_closed = is_chat and tokenizer.decode(y[-1], skip_special_tokens=True) == ""
-    if not is_closed and y[-1] != tokenizer.eos_token_id:
-        y.append(tokenizer.eos_token_id)
-    return x, y
-
-def render(messages, answer, tokenizer):
-    """(what the model is given, what it then wrote): two texts, by the chat template. The first is
-    where two renderings agree, the chat that asks for an answer and the chat with the answer; the
-    second is the rest of the latter. They may differ only after the last message: there reasoning
-    models open a thought when asked, which an answered chat closes or leaves out."""
-    with blame("the chat template cannot render it"):
+    with about("the chat template cannot render it"):
         asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        unasked, answered, other = tokenizer.apply_chat_template(
-            [messages, messages + answer, messages + as_messages("x", "assistant")], tokenize=False)
+        answered = tokenizer.apply_chat_template(messages + answer, tokenize=False)
 
-    # If asked ends in "<think>", an answer "<b>" shares its "<"; the other answer, "x", does not.
-    # Asked and unasked agree up to the end of the last message: given must reach as far.
-    given = os.path.commonprefix([asked, answered, other])
-    if len(given) < len(os.path.commonprefix([asked, unasked])):
-        raise ValueError(f"once answered, the chat template changes {asked[len(given):]!r:.80}")
-    return given, answered[len(given) :].rstrip()  # no newline after the end token
+    def bare(text):  # without special tokens and white space, as both may be added or changed
+        return "".join(special.sub("", text).split())
 
-def read_rows(config, tokenizer):
-    """Stream the rows of --data: {"prompt": ids, "completion": ids, "label", "is_held_out"}."""
+    # After the answer's own text, only special tokens and white space may follow.
+    answer_text = bare(answer[0]["content"])
+    if not bare(answered).endswith(answer_text):
+        raise InputError(
+            f"the chat template loses a part of the completion, or adds one: {answered[-80:]!r}"
+        )
+
+    # The prompt must not reach into the answer's own text, which may begin like a thought.
+    prompt = os.path.commonprefix([asked, answered])
+    before_answer = len(bare(answered)) - len(answer_text)
+    while len(bare(prompt)) > before_answer:
+        prompt = prompt[:-1]
+
+    bare_prompt = bare(prompt)
+    for message in messages:
+        if bare(message["content"]) not in bare_prompt:
+            raise InputError(
+                f"the chat template loses or changes this message: {message!r:.80}; write it as "
+                "the template would, for example an earlier answer without its thought"
+            )
+    completion = answered[len(prompt) :].rstrip()  # no newline after the end token
+    return {"prompt": prompt, "completion": completion, "goes_on": asked[len(prompt) :]}
+
+
+def read_rows(path, tokenizer):
+    """Stream the rows of a JSONL file as texts. Raises InputError with FILE:LINE."""
+    special = special_tokens(tokenizer)
     count = 0
-    with open(config.data, "rb") as file:  # as bytes, a line ends at \n alone, as in an editor
+    with open(path, "rb") as file:  # as bytes, so that a line ends at \n alone, as in an editor
         for number, line in enumerate(file, start=1):
             if line.isspace():
                 continue
-            with blame(f"{config.data}:{number}", A_ROW):
+            try:
                 row = parse_row(line)
-                x, y = encode(row, tokenizer)
-            x, y = x[-config.max_prompt_length :], y[: config.max_completion_length]
+                texts = render(row, tokenizer, special)
+            except InputError as error:
+                raise InputError(f"{path}:{number}: {error}. {A_ROW}") from error
+            not_used = " ".join(row.keys() - {"prompt", "completion", "label"})
+            yield texts | {"label": bool(row["label"]), "line": number, "not_used": not_used}
             count += 1
-            is_held_out = config.holdout > 0 and count % config.holdout == 0
-            yield {"prompt": array("i", x), "completion": array("i", y),  # 4 bytes an id
-                   "label": bool(row["label"]), "is_held_out": is_held_out}
+    if count == 0:
+        raise InputError(f"{path} has no rows. {A_ROW}")
 
-def training_batches(config, tokenizer):
-    """Stream the full batches of all epochs, each epoch in an order of its own."""
-    rows = datasets.IterableDataset.from_generator(
-        read_rows, gen_kwargs={"config": config, "tokenizer": tokenizer})
-    rows = rows.filter(lambda row: not row["is_held_out"])
-    rows = rows.shuffle(seed=config.seed, buffer_size=10_000)  # mixes rows only that far
-    batches = rows.batch(config.batch_size, drop_last_batch=True)
-    for epoch in range(config.epochs):
-        batches.set_epoch(epoch)
-        yield from batches
 
-def survey(config, tokenizer):
-    """Read every row once and report, so that a bad one is refused before anything slow. Returns
-    the held-out rows as one batch, the steps of an epoch, the longest x and y."""
-    n_d, n_u = 0, 0  # desirable and undesirable rows to train on
-    held_out = {"prompt": [], "completion": [], "label": []}
-    longest = {"prompt": [], "completion": []}
-    for row in tqdm(read_rows(config, tokenizer), "reading", disable=None):
-        for name in longest:
-            longest[name] = max(longest[name], row[name], key=len)
-        if row["is_held_out"]:
-            for name in held_out:
-                held_out[name].append(row[name])
-        elif row["label"]:
-            n_d += 1
-        else:
-            n_u += 1
+def tokenise(texts, tokenizer):
+    """Columns of texts -> columns of token ids. A tokenizer is faster with many texts at once."""
+    texts_of_both = [x + y for x, y in zip(texts["prompt"], texts["completion"])]
+    is_plain = tokenizer.chat_template is None  # a chat template writes BOS by itself
+    return {
+        "x": tokenizer(texts["prompt"], add_special_tokens=is_plain).input_ids,
+        "both": tokenizer(texts_of_both, add_special_tokens=is_plain).input_ids,
+    }
 
-    per_epoch, left_over = divmod(n_d + n_u, config.batch_size)
-    if per_epoch == 0:
-        raise InputError(f"{left_over} rows to train on fill no batch: see --batch_size, --holdout")
-    print(f"data     n_D = {n_d}, n_U = {n_u}; held out {len(held_out['label'])} rows,",
-          f"{sum(held_out['label'])} of them desirable")
-    print(f"steps    {per_epoch} an epoch; {left_over} rows are left over in each")
-    print(f"longest  {len(longest['prompt'])} and {len(longest['completion'])} tokens, x and y")
-    print("last row", tokenizer.decode(row["prompt"]), "->", tokenizer.decode(row["completion"]))
+
+def encode(row, tokenizer, config):
+    """A row of text, with its `tokenise`d x and both -> a row of token ids, and facts on it.
+
+    The prompt is what the model is given at inference. The completion is what it then wrote, with
+    an end token. Both are cut to their maximal lengths. Raises InputError if one has no token.
+    """
+    x, both, eos = row["x"], row["both"], tokenizer.eos_token_id
+    if tokenizer.chat_template is None and x[-1:] == [eos]:
+        x = x[:-1]  # some tokenizers end every text with EOS
+
+    # Where the template goes on in two ways, the border between x and y must not lie in a token.
+    while row["goes_on"] and both[: len(x)] != x:
+        x = x[:-1]
+
+    # y is cut from both texts, because some tokenizers would put a space before it otherwise.
+    # It is tokenised alone if a token lies across the border.
+    y = both[len(x) :]
+    if both[: len(x)] != x:
+        y = tokenizer(row["completion"], add_special_tokens=False).input_ids
+    if not x or not y:
+        raise InputError(f"{config.data}:{row['line']}: prompt or completion becomes no token")
+
+    # Most chat templates close an answer with a special token. Another token needs EOS after it.
+    last = y[-1:]
+    if tokenizer.decode(last) == tokenizer.decode(last, skip_special_tokens=True):
+        y = y + [eos]
+    encoded = {
+        "prompt": x[-config.max_prompt_length :],
+        "completion": y[: config.max_completion_length],
+        "prompt_tokens": len(x),
+        "completion_tokens": len(y),
+        "end_token": y[-1],
+        "highest_id": max(x + y),
+    }
+    return encoded | {"digest": hashlib.sha256(str(encoded).encode()).hexdigest()}
+
+
+def load_rows(config, tokenizer, folder):
+    """The rows of --data as token ids, and facts on each: a datasets.Dataset, on disk in `folder`.
+
+    The folder must be new: `datasets` would find the rows of an older file or of an older `encode`.
+    """
+    source = {"path": config.data, "tokenizer": tokenizer}
+    try:
+        texts = datasets.Dataset.from_generator(read_rows, cache_dir=folder, gen_kwargs=source)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__
+    ids = texts.map(tokenise, batched=True, fn_kwargs={"tokenizer": tokenizer})
+    settings = {"tokenizer": tokenizer, "config": config}
+    return ids.map(encode, fn_kwargs=settings, remove_columns=["x", "both"])
+
+
+def training_batches(rows, config, first_step):
+    """Stream the full batches of all epochs from `first_step` on, each epoch in a new order."""
+    m = config.batch_size
+    per_epoch = len(rows) // m
+    for step in range(first_step, config.epochs * per_epoch):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or step == first_step:
+            shuffled = rows.shuffle(seed=config.seed + epoch)
+        yield shuffled[place * m : place * m + m]
+
+
+def describe(facts, training, held_out, tokenizer, config):
+    """Print what will be trained: counts, what is cut or not used, a row as the model sees it."""
+    n_d = sum(training["label"][:])
+    n_u = len(training) - n_d
+    steps, left_over = divmod(len(training), config.batch_size)
+    print(f"rows     n_D = {n_d} desirable and n_U = {n_u} undesirable rows to train on")
+    print(f"         {len(held_out)} rows held out, {sum(held_out['label'][:])} of them desirable")
+    print(f"steps    {steps} an epoch; {left_over} rows are left over in each")
+
+    # An answer with both labels counts twice among the labelled answers and once among all.
+    labelled = facts[["digest", "label"]].drop_duplicates()
+    print(f"labels   {len(labelled) - facts.digest.nunique()} answers have both labels")
+    not_used = sorted(set(" ".join(facts.not_used).split()))
+    print(f"columns  not used: {', '.join(not_used) or 'none'}")
+
+    cut_x = facts.prompt_tokens > config.max_prompt_length
+    cut_y = facts.completion_tokens > config.max_completion_length
+    print(f"cut      {cut_x.sum()} prompts lose their beginning, so system turns go first")
+    print(f"         {cut_y.sum()} completions lose their end (see --max_completion_length)")
+    if cut_y.mean() > 0.5:
+        print("WARNING  most completions are cut, so that the model does not learn to end")
 
     weight_d, weight_u = config.lambda_d * n_d, config.lambda_u * n_u
     if weight_d * weight_u == 0:
         print("WARNING  only one class counts: imitated if desirable, unlearned if undesirable")
     else:
-        print(f"balance  lambda_D n_D / (lambda_U n_U) = {weight_d / weight_u:.3g}; for 1 to 1.5",
-              f"as in Eq. 9 take --lambda_d {weight_u / n_d:.4g} to {1.5 * weight_u / n_d:.4g}")
-    return held_out, per_epoch, longest
+        print(f"balance  lambda_D n_D / (lambda_U n_U) = {weight_d / weight_u:.3g}; Eq. 9 wants")
+        print(f"         1 to 1.5: --lambda_d {weight_u / n_d:.4g} to {1.5 * weight_u / n_d:.4g}")
+
+    row = training[0]
+    if tokenizer.chat_template is None:
+        print("a row    (the texts stay as they are: the tokenizer has no chat template)")
+    else:
+        print("a row    (texts are put into the tokenizer's chat template)")
+    print(f"  prompt      {tokenizer.decode(row['prompt'])!r}")
+    print(f"  completion  {tokenizer.decode(row['completion'])!r}")
+    if row["goes_on"]:
+        print(f"  At inference, the prompt goes on with {row['goes_on']!r}.")
+
 
 # ---- The models ----------------------------------------------------------------------------------
-def tiny_model(config, tokenizer):
-    """A toy: a small Llama, taught the undesirable rows and every fourth row. So it finds most
+
+
+def tiny_model(config, tokenizer, rows):
+    """A toy: a small Llama, taught the undesirable rows and every fifth row. So it finds most
     desirable completions unlikely, and z0 rises as it learns to write them."""
     torch.manual_seed(config.seed)
-    torch.set_num_threads(1)  # more would only wait for each other at this size
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
-        hidden_size=128, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4))
-    model.to(config.device)
-    rows = [row for row in read_rows(config, tokenizer) if not row["is_held_out"]]
-    taught = [row for i, row in enumerate(rows) if i % 4 == 0 or not row["label"]]
+    torch.set_num_threads(1)  # more threads would only wait for each other at this size
+    settings = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    model = transformers.LlamaForCausalLM(settings)
+    taught = rows.select([i for i, y in enumerate(rows["label"]) if i % 5 == 0 or not y])
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(500):
         optimizer.param_groups[0]["lr"] = 2.5e-3 * (1 - step / 500)
-        batch = [taught[i] for i in torch.randint(len(taught), (8,))]
-        x, y = [row["prompt"] for row in batch], [row["completion"] for row in batch]
-        (-completion_logps(model, x, y).mean()).backward()
+        batch = taught[torch.randint(len(taught), (8,)).tolist()]
+        loss = -completion_logps(model, batch["prompt"], batch["completion"]).mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model
+
 
 def load_tokenizer(config):
     """The tokenizer of --model, which must have an end token; InputError if not."""
@@ -404,147 +625,300 @@ def load_tokenizer(config):
         lines = Path(config.data).read_text("utf-8", "replace").splitlines()
         empty = transformers.GPT2Tokenizer(eos_token="<|end|>")
         return empty.train_new_from_iterator(lines, vocab_size=2048, show_progress=False)
-    with blame(f"--model {config.model} (offline? give a folder)"):
+    with about(f"--model {config.model} (offline? give a folder)"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-        if tokenizer.eos_token_id is None:
-            raise InputError("its tokenizer has no EOS token; give it one")
-        return tokenizer
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"--model {config.model}: its tokenizer has no EOS token; give it one")
+    return tokenizer
 
-def load_model(config, tokenizer, x, y):
-    """The causal model --model, in float32. InputError if it cannot take x and y, the longest."""
-    with blame(f"--model {config.model} on --device {config.device}"):
-        if config.model == "tiny":
-            return tiny_model(config, tokenizer)
+
+def load_model(config, tokenizer, rows, facts):
+    """The causal model --model, in float32. InputError if it lacks weights, or ids of the rows."""
+    if config.model == "tiny":
+        return tiny_model(config, tokenizer, rows)
+    name = f"--model {config.model}"
+    with about(name):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=torch.float32, output_loading_info=True)
-        if info["missing_keys"]:
-            raise InputError(f"it lacks the weights {sorted(info['missing_keys'])}")
-        if max(*x, *y, tokenizer.eos_token_id) >= model.get_input_embeddings().num_embeddings:
-            raise InputError("it has fewer embeddings than its tokenizer has ids")
-        limit = getattr(model.config, "max_position_embeddings", math.inf)
-        length = len(x) + max(len(y), 64)  # y of another row, or an answer shown at the end
-        if length > limit:
-            raise InputError(f"takes {limit} tokens, not {length}: lower --max_prompt_length")
+            config.model, dtype=torch.float32, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        raise InputError(f"{name} lacks the weights {sorted(info['missing_keys'])}")
+    if facts.highest_id.max() >= model.get_input_embeddings().num_embeddings:
+        raise InputError(f"{name} has fewer embeddings than its tokenizer has ids")
 
-        # completion_logps has no mask: to a causal model padding on the right makes no difference.
-        model.to(config.device)
-        alone = score(model, [x], [y[:1]], 2)
-        padded = score(model, [x, x], [y[:1], y], 2)[:1]
-        if not torch.allclose(alone, padded, atol=1e-3):
-            raise InputError("it is not causal: its output depends on tokens to the right")
-        return model
+    # A base model with a chat template learns an end token that is not its own. So that it stops
+    # there when it is used, its generation config must know this token.
+    generation = model.generation_config
+    known = generation.eos_token_id
+    if not isinstance(known, list):
+        known = [known]
+    ends = {*known, *facts.end_token.tolist()} - {None}
+    if ends != set(known):
+        generation.eos_token_id = sorted(ends)
+        with about(f"{name}: its generation config, which a run changes, cannot be saved"):
+            generation.validate(strict=True)
+    return model
+
+
+def check_model(model, x, y, config):
+    """InputError if the model cannot score the longest prompt x with the longest completion y."""
+    # They may meet as a mismatched pair. At the end of a run, an answer may have 64 tokens.
+    length = len(x) + max(len(y), 64)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and length > limit:
+        raise InputError(f"--model takes {limit} tokens, not {length}: lower --max_prompt_length")
+
+    # completion_logps uses no mask: to a causal model, padding on the right makes no difference.
+    # This is compared in float32, because bfloat16 rounds differently for other lengths.
+    alone = score(model, [x], [y[:1]], 1)
+    padded = score(model, [x, x], [y[:1], y], 2)
+    if not padded.isfinite().all():
+        raise InputError(f"--model {config.model}: its log-probabilities are infinite or NaN")
+    if not torch.allclose(alone, padded[:1], atol=1e-3):
+        raise InputError(f"--model {config.model} is not causal: it looks to the right")
+
+
+def two_models(policy, config):
+    """(policy, reference): the model and its frozen copy, with forward passes in --dtype."""
+    reference = copy.deepcopy(policy).requires_grad_(False)
+
+    # bfloat16 is for the forward passes; weights stay float32, so that small updates are not lost.
+    # It is set up after the copy, because the copy of a wrapped forward would call the policy's.
+    if config.dtype == "bfloat16":
+        for model in (policy, reference):
+            model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
+    return policy, reference
+
+
+def rehearse(policy, reference, x, y, config):
+    """Try the largest step that can come, and return the micro_batch_size that fits into memory.
+
+    `x` is the longest prompt and `y` is the longest completion. The size is halved until a step
+    fits. This changes no result but for rounding, because z0 and the loss are means over all rows
+    of a batch. Raises InputError if not even one row fits.
+    """
+    default = config.batch_size if "cuda" in config.device else 8
+    size = min(config.micro_batch_size or default, config.batch_size)
+    while True:
+        # There are two micro-batches, because the second one needs memory beside the gradients.
+        m = min(2 * size, config.batch_size)
+        batch = {"prompt": [x] * m, "completion": [y] * m, "label": [True] * m}
+        reserved = []
+        try:
+            # AdamW will need two numbers for each parameter.
+            reserved.append(torch.empty(2, policy.num_parameters(), device=policy.device))
+            kto_step(policy, reference, batch, size)
+            return size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise InputError(
+                    f"out of memory with one row of {len(x + y)} tokens: "
+                    "lower --max_prompt_length and --max_completion_length, or take a smaller model"
+                ) from None
+        finally:
+            reserved.clear()
+            policy.zero_grad()
+        torch.cuda.empty_cache()
+        size //= 2
+
 
 # ---- The run -------------------------------------------------------------------------------------
-def checkpoint_path(config):
-    """Named after the settings (the model by its name) and the data: with others, another name."""
-    decisive = dict(vars(config))
-    for name in ("data", "output", "device", "micro_batch_size", "save_every", "resume"):
-        del decisive[name]  # may change, up to rounding; dtype may not: auto varies, so give it
-    with open(config.data, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(json.dumps(decisive).encode())
-    return Path(config.output, f"checkpoint-{digest.hexdigest()[:8]}.pt")
 
-def save_checkpoint(path, log, parts):
-    """Write the log and the states of `parts`; the file gets its name when it is complete."""
+
+DECISIVE = """model epochs batch_size lr beta lambda_d lambda_u max_prompt_length
+    max_completion_length holdout dtype seed"""
+
+
+def save_checkpoint(path, parts, **others):
+    """Write the states of `parts` and the others; the file gets its name when it is complete."""
     state = {name: part.state_dict() for name, part in parts.items()}
     partial = path.with_suffix(".partial")
-    torch.save(state | {"log": log}, partial)
-    partial.replace(path)
+    with about(f"{partial} cannot be written"):
+        torch.save(state | others, partial)
+        partial.replace(path)
 
-def load_checkpoint(path, parts):
-    """Restore the states of `parts`, and return the log. Raises InputError if that cannot be."""
-    with blame("--resume needs a checkpoint of a run with the same settings and data"):
+
+def load_checkpoint(path, parts, settings):
+    """Restore the states of `parts` and return all. InputError if the settings were different."""
+    with about(f"--resume cannot read {path}"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return state["log"]
+        earlier = state["settings"]
+    for name, value in settings.items():
+        if earlier[name] != value:
+            raise InputError(f"--resume: {name} was {earlier[name]}, and now it is {value}")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state
 
-def run(policy, reference, batches, held_out, per_epoch, config):
+
+@torch.no_grad()
+def evaluate(policy, reference, held_out, batch_size, **settings):
+    """The metrics of the held-out rows, in batches like those of training."""
+    starts = range(0, len(held_out) - 1, batch_size)  # a last batch of one row is left out
+    batches = [held_out[start : start + batch_size] for start in starts]
+    steps = [kto_step(policy, reference, batch, **settings) for batch in batches]
+    metrics = metrics_of(*map(torch.cat, zip(*steps)))
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def note_signals():
+    """From now on Ctrl-C and SIGTERM are only noted: returns the list that their numbers go to."""
+    signals = []
+
+    def note(number, frame):
+        signals.append(number)
+        os.write(2, b"\nThe run saves after this step and ends. A second signal ends it now.\n")
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, signal.SIG_DFL)
+
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, note)
+    return signals
+
+
+def run(policy, reference, training, held_out, config, decisive):
     """Train, with all that watches over it: log, chart, evaluation, checkpoints, signals."""
+    per_epoch = len(training) // config.batch_size
     steps = config.epochs * per_epoch
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     schedule = transformers.get_scheduler(  # the schedule is our choice
-        "cosine_warmup_with_min_lr", optimizer, steps // 10, steps, {"min_lr_rate": 0.1})
+        "cosine_warmup_with_min_lr", optimizer, steps // 10, steps, {"min_lr_rate": 0.1}
+    )
     parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
-    checkpoint = checkpoint_path(config)
-    log = load_checkpoint(checkpoint, parts) if config.resume else []
-    Path(config.output).mkdir(parents=True, exist_ok=True)
+    checkpoint = config.output / "checkpoint.pt"
+    state = {"step": 0, "log": 0}
+    if config.resume and checkpoint.exists():
+        state = load_checkpoint(checkpoint, parts, decisive)
+    else:
+        checkpoint.unlink(missing_ok=True)  # of an earlier run of the demo
+    step = state["step"]
+    config.output.mkdir(parents=True, exist_ok=True)
+    log = open(config.output / "metrics.jsonl", "a", buffering=1)
+    log.truncate(min(log.tell(), state["log"]))
 
-    # The log starts as the checkpoint has it: what a killed run did after that is done again.
-    file = open(Path(config.output, "metrics.jsonl"), "w", buffering=1)
-    for entry in log:
-        print(json.dumps(entry), file=file)
-        next(batches)  # skip the batch of a step already done
-    heard = []  # signals: heard at once, obeyed after the step in hand
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda number, frame: heard.append(number))
-
-    settings = {"beta": config.beta, "lambda_d": config.lambda_d, "lambda_u": config.lambda_u,
-                "micro_batch_size": config.micro_batch_size}
-    entries = train(policy, reference, batches, optimizer, schedule, len(log), **settings)
+    signals = note_signals()
+    names = ("beta", "lambda_d", "lambda_u", "micro_batch_size")
+    settings = {name: getattr(config, name) for name in names}
+    batches = training_batches(training, config, step)
+    entries = train(policy, reference, batches, optimizer, step, **settings)
     print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
-    for entry in tqdm(entries, initial=len(log), total=steps, disable=None):
-        if entry["step"] % math.ceil(steps / 16) == 0:
-            tqdm.write(chart(entry, config.beta))
-        log.append(entry)
-        if len(log) % per_epoch == 0 and len(held_out["label"]) > 1:  # z0 takes two
-            with torch.no_grad():
-                figures = kto_step(policy, reference, held_out, **settings)
-            entry |= {f"eval_{name}": value for name, value in figures.items()}
-            tqdm.write(f"held out: loss {figures['loss']:.3f}, accuracy {figures['accuracy']:.2f}")
-        print(json.dumps(entry), file=file)
+    bar = tqdm(initial=step, total=steps, disable=None)
+    while True:
+        is_epoch_end = step > 0 and step % per_epoch == 0
+        if is_epoch_end and len(held_out) > 1 and not signals:
+            metrics = evaluate(policy, reference, held_out, config.batch_size, **settings)
+            print(json.dumps({"step": step, **metrics}), file=log)
+            loss, accuracy = metrics["eval_loss"], metrics["eval_accuracy"]
+            bar.write(f"held out: loss {loss:.3f}, accuracy {accuracy:.2f}")
+        if signals:
+            raise SystemExit(128 + signals[0])
+        if step == steps:
+            break
+        metrics = next(entries)
+        schedule.step()
+        step += 1
+        print(json.dumps(metrics), file=log)
+        bar.update()
+        bar.set_postfix_str(
+            f"loss {metrics['loss']:.3f}, z0 {metrics['z0']:.2f}, margin {metrics['margin']!s:.5}"
+        )
+        if metrics["step"] % math.ceil(steps / 16) == 0:
+            bar.write(chart(metrics, config.beta))
+        if signals or step % per_epoch == 0 or config.save_every and step % config.save_every == 0:
+            save_checkpoint(checkpoint, parts, step=step, log=log.tell(), settings=decisive)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on a signal is obeyed
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-        if heard or config.save_every and len(log) % config.save_every == 0:
-            save_checkpoint(checkpoint, log, parts)
-            if heard:
-                print(f"stopped after {len(log)} of {steps} steps; to go on, add --resume")
-                raise SystemExit(128 + heard[0])
 
-    policy.save_pretrained(config.output)
-    checkpoint.unlink(missing_ok=True)
-    return log
-
-def chart(entry, beta):
+def chart(metrics, beta):
     """A step on an axis of r: D and U, the mean of each class, and z, which is z0."""
-    marks = {"z": entry["z0"], "U": entry["reward_undesirable"], "D": entry["reward_desirable"]}
+    marks = {"z": "z0", "U": "reward_undesirable", "D": "reward_desirable"}
     line = ["."] * 71
-    for mark, value in marks.items():
-        if value is not None:
-            line[min(max(35 + round(10 * beta * value), 0), 70)] = mark
-    return f"{entry['step']:6} {''.join(line)}"
+    for mark, name in marks.items():
+        if metrics[name] is not None:
+            line[min(max(35 + round(10 * beta * metrics[name]), 0), 70)] = mark
+    return f"{metrics['step']:6} {''.join(line)}"
 
-def main():
-    config = read_flags()
-    is_in_use = any(Path(config.output).glob("*.json*"))  # by a model or a log; the demo's may go
-    if is_in_use and not config.resume and (config.model, config.output) != ("tiny", "kto-tiny"):
-        raise InputError(f"{config.output} is in use: name another, delete it, or --resume")
 
-    tokenizer = load_tokenizer(config)
-    held_out, per_epoch, longest = survey(config, tokenizer)
-    policy = load_model(config, tokenizer, *longest.values()).eval()  # eval: no dropout
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    if config.dtype == "bfloat16":  # in forward passes, whoever calls them; weights stay float32
-        for model in (policy, reference):
-            model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
-    print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}")
+def check_places(config):
+    """InputError if the data cannot be read, or if the output folder is in use."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("one process, please: the README says how to use several GPUs")
+    if not Path(config.data).exists():
+        raise InputError(
+            f"--data {config.data}: no such file. For a set on the hub write one: "
+            "datasets.load_dataset(NAME, split='train').to_json(FILE)"
+        )
+    if (config.model, config.output.name) == ("tiny", "kto-tiny"):
+        return  # the demo may be run again and again
 
-    log = run(policy, reference, training_batches(config, tokenizer), held_out, per_epoch, config)
-    tokenizer.save_pretrained(config.output)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is saved: now Ctrl-C ends it at once
-    for prompt in held_out["prompt"][:3]:
+    # An unfinished run leaves a log and a checkpoint, a finished one a model and its .json files.
+    if config.resume and (config.output / "checkpoint.pt").exists():
+        return
+    if any(config.output.glob("*.json" if config.resume else "*")):
+        raise InputError(f"{config.output} is in use: name another, delete it, or --resume its run")
+
+
+def show_answers(policy, reference, tokenizer, prompts):
+    """Print the most likely answers, before and after the training."""
+    for prompt in prompts:
         print("\n" + tokenizer.decode(prompt, skip_special_tokens=True))
         ids = torch.tensor([prompt], device=policy.device)
         for name, model in (("before", reference), ("after", policy)):
             answer = model.generate(ids, max_new_tokens=64, do_sample=False)[0, len(prompt) :]
             print(f"  {name:6} {tokenizer.decode(answer, skip_special_tokens=True).strip()}")
 
-    above = sum(entry["z0"] > 0 for entry in log)
-    print(f"\nIn {above} of {len(log)} steps answers to other prompts had become likelier: z0 > 0.")
+
+def main():
+    """A run, from the flags to the answers."""
+    config = read_flags()
+    check_places(config)
+    tokenizer = load_tokenizer(config)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        rows = load_rows(config, tokenizer, folder)
+        facts = rows.remove_columns(["prompt", "completion"]).to_pandas()
+        count = math.ceil(len(rows) * config.holdout)
+        if len(rows) - count < config.batch_size:
+            raise InputError(f"{len(rows)} rows, less {count} for --holdout, fill no --batch_size")
+        shuffled = rows.shuffle(seed=config.seed)
+        training, held_out = shuffled.skip(count), shuffled.take(count)
+        describe(facts, training, held_out, tokenizer, config)
+
+        x = rows[int(facts.prompt_tokens.argmax())]["prompt"]
+        y = rows[int(facts.completion_tokens.argmax())]["completion"]
+        model = load_model(config, tokenizer, training, facts)
+        with about(f"--device {config.device}"):
+            model.to(config.device).eval()  # eval mode: no dropout, which would be noise in r
+        check_model(model, x, y, config)
+        policy, reference = two_models(model, config)
+        config.micro_batch_size = rehearse(policy, reference, x, y, config)
+        print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}")
+        print(f"memory   {config.micro_batch_size} rows fit, the longest were tried")
+
+        # A resumed run must have the same decisive settings and the same rows. The other settings
+        # change its result by rounding at most.
+        decisive = {name: getattr(config, name) for name in DECISIVE.split()}
+        digests = facts[["digest", "label"]].to_csv().encode()
+        decisive["rows"] = hashlib.sha256(digests).hexdigest()
+        checkpoint = config.output / "checkpoint.pt"
+        try:
+            run(policy, reference, training, held_out, config, decisive)
+            with about(f"--output {config.output} cannot be written"):
+                policy.save_pretrained(config.output)
+                tokenizer.save_pretrained(config.output)
+            checkpoint.unlink()
+        finally:  # also if the run was stopped, or ends with an error
+            if checkpoint.exists():
+                print(f"\nThe last checkpoint is {checkpoint}: --resume goes on from there.")
+        show_answers(policy, reference, tokenizer, held_out[:3]["prompt"])
+
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # for consoles that lack a character
     try:
         main()
     except (InputError, OSError, FloatingPointError) as error:
-        print(str(error).partition("\n")[0], file=sys.stderr)
+        print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

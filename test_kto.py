@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT-0
 """Why kto.py is right: each test is a claim, in the order of the file. Offline, on a CPU.
 
-  pytest                  the claims; a few need TRL, or a chat model's folder in KTO_TEST_MODEL
-  python test_kto.py      the paper in miniature: KTO beside DPO and SFT, four minutes
+pytest                  the claims; a few need TRL, or a chat model's folder in KTO_TEST_MODEL
+python test_kto.py      the paper in miniature: KTO beside DPO and SFT, four minutes
 """
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import gc
+import inspect
 import io
 import itertools
 import json
@@ -23,12 +23,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import textwrap
+import types
+import weakref
 from pathlib import Path
 from unittest import mock
 
 import datasets
 import numpy
 import pytest
+import safetensors
 import tokenizers
 import torch
 import transformers
@@ -39,26 +44,40 @@ from tqdm import tqdm
 import kto
 
 torch.set_num_threads(1)  # which is faster for models as small as these
+datasets.disable_progress_bars()  # so that stderr has nothing but errors
+transformers.utils.logging.disable_progress_bar()
 gc.freeze()  # no search for garbage in what was imported: a tenth of the time
 
 # ---- Set-up of many tests ------------------------------------------------------------------------
 
+
 def random_model(architecture="llama", std=0.5, **settings):
     """Two layers, 300 tokens, EOS = pad = 0. Every weight is large, so that every mistake shows."""
-    small = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-             "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    small = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
     config = transformers.AutoConfig.for_model(architecture, **small | settings)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for weight in model.parameters():
         weight.data.zero_()
     return add_noise(model, std, seed=0)
 
+
 def add_noise(model, std, seed):
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         weight.data += std * torch.randn(weight.shape, generator=generator)
     return model
+
 
 def byte_tokenizer(template=None, adds_bos=False, pad="<pad>", eos="</s>"):
     """One token for a byte, and five special ones, so that decoded text shows every token."""
@@ -70,14 +89,22 @@ def byte_tokenizer(template=None, adds_bos=False, pad="<pad>", eos="</s>"):
     backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<pad>"])
     if adds_bos:
         backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 256)])
+            single="<s> $A", special_tokens=[("<s>", 256)]
+        )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token=eos, pad_token=pad,
-        chat_template=template)
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token=eos,
+        pad_token=pad,
+        chat_template=template,
+    )
+
 
 CHATML = (  # the end token is not EOS, and a newline follows it
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 def write_rows(path, rows):
     """Write `rows` of (prompt, completion, label) as JSONL; returns the path as text."""
@@ -85,11 +112,14 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(dict(zip(keys, row))) + "\n" for row in rows))
     return str(path)
 
+
 # ---- The loss and the reference point ------------------------------------------------------------
 
+
 def desirable(letters):
-    """"DUU" is one desirable row, then two undesirable ones: a bool tensor."""
+    """ "DUU" is one desirable row, then two undesirable ones: a bool tensor."""
     return tensor([letter == "D" for letter in letters])
+
 
 def test_three_rows_worked_by_hand():
     # The mismatched pairs differ by 4, -1 and 0 nats: z0 = 3 / 3 = 1. (Clamped one by one: 4 / 3.)
@@ -109,38 +139,56 @@ def test_three_rows_worked_by_hand():
     assert_close(losses, tensor([0.5, 3.0, 1.0]))
     assert_close(r.grad, tensor([-3 / 16, 3 / 8, -1 / 4]))
 
+
 # The code of the paper's authors: ContextualAI/HALOs, commit 4831988, KTOTrainer.loss in
 # train/trainers.py, run unchanged in float32 with torch 2.13.0 on a CPU. Four batches of log-probs
 # and labels went in; z0, losses and the gradient of the mean loss came out. D: 1 if desirable.
 HALOS = [
     # z0, (beta, lambda_d, lambda_u)
-    (0.969537, (0.1, 1.0, 1.7), """
+    (
+        0.969537,
+        (0.1, 1.0, 1.7),
+        """
         #  policy  reference policy, y'   ref., y'   D      loss    gradient
          -36.1593   -34.8083  -245.7608  -247.9992   1  0.557755 -0.00493329
         -102.7383  -102.3106  -260.3434  -261.0626   0  0.790714  0.00845865
         -205.8741  -202.1323  -252.5092  -249.5890   1  0.615652 -0.00473249
          -35.9153   -38.6803  -279.9997  -281.2710   0  0.926103  0.00843186
-        -122.1140  -121.7887  -233.3775  -236.9165   0  0.795046  0.00846447"""),
+        -122.1140  -121.7887  -233.3775  -236.9165   0  0.795046  0.00846447""",
+    ),
     # The raw KL is -4.2.
-    (0.0, (0.1, 1.4, 1.0), """
+    (
+        0.0,
+        (0.1, 1.4, 1.0),
+        """
         #  policy  reference policy, y'   ref., y'   D      loss    gradient
         -186.3869  -180.5016   -92.3519   -87.9203   0  0.356972  0.00459086
          -42.3944   -37.5244  -202.7547  -195.5823   1  0.867159 -0.00660083
          -64.1773   -53.7609   -85.3548   -75.5255   1  1.034833 -0.00539839
          -73.0085   -72.6348  -165.0435  -167.6018   0  0.490659  0.00499826
-        -188.7975  -181.9478  -237.4356  -235.1268   1  0.930786 -0.00623911"""),
-    (21.644724, (0.05, 13.33, 1.0), """
+        -188.7975  -181.9478  -237.4356  -235.1268   1  0.930786 -0.00623911""",
+    ),
+    (
+        21.644724,
+        (0.05, 13.33, 1.0),
+        """
         #  policy  reference policy, y'   ref., y'   D      loss    gradient
         -110.0761  -112.9572  -286.2141  -303.8955   0  0.281268  0.00336927
          -90.6101   -92.9806   -81.7758   -98.0912   0  0.276136  0.00333141
-         -42.1689   -48.4457  -285.5660  -316.5034   1  9.106708 -0.04808739"""),
-    (2.862381, (0.25, 1.0, 1.0), """
+         -42.1689   -48.4457  -285.5660  -316.5034   1  9.106708 -0.04808739""",
+    ),
+    (
+        2.862381,
+        (0.25, 1.0, 1.0),
+        """
         #  policy  reference policy, y'   ref., y'   D      loss    gradient
          -45.5757   -36.4654  -303.5955  -305.5703   0  0.047735  0.00284105
          -82.2280   -73.4197  -230.3614  -237.5157   0  0.051287  0.00304104
         -123.6518  -124.4447  -162.7621  -161.0788   0  0.373467  0.01462434
-        -120.4360  -128.5651  -160.9534  -164.9571   0  0.788629  0.01041834"""),
+        -120.4360  -128.5651  -160.9534  -164.9571   0  0.788629  0.01041834""",
+    ),
 ]
+
 
 @pytest.mark.parametrize("z0, weights, table", HALOS, ids=range(4))
 def test_value_and_gradient_are_those_of_the_papers_authors(z0, weights, table):
@@ -161,6 +209,7 @@ def test_value_and_gradient_are_those_of_the_papers_authors(z0, weights, table):
     assert_close(loss_of(policy), losses, rtol=2e-6, atol=1e-6)
     assert_close(policy.grad, gradient, rtol=2e-6, atol=1e-8)
 
+
 def test_a_row_far_from_z0_is_finite_and_has_no_gradient():  # Proposition 4.1
     r = tensor([1e4, -1e30, 1e30, -1e4], requires_grad=True)
     losses = kto.kto_loss(r, torch.zeros(4), 5.0, desirable("DDUU"))
@@ -168,9 +217,11 @@ def test_a_row_far_from_z0_is_finite_and_has_no_gradient():  # Proposition 4.1
     assert losses.tolist() == [0.0, 1.0, 1.0, 0.0]
     assert not r.grad.any()
 
+
 def test_a_label_that_is_not_bool_is_refused():
     with pytest.raises(RuntimeError, match="bool"):
         kto.kto_loss(torch.zeros(2), torch.zeros(2), 0.0, tensor([1, 0]))
+
 
 # ---- Scoring -------------------------------------------------------------------------------------
 
@@ -196,6 +247,7 @@ PECULIAR = {  # sizes that some need, a window shorter than the rows, factors be
     "word_embed_proj_dim": 32,
 }
 
+
 def plain_logps(model, prompts, completions):
     """log pi(y|x) of each row on its own: no batch, no padding, one token after the other."""
     logps = torch.zeros(len(prompts))
@@ -205,11 +257,13 @@ def plain_logps(model, prompts, completions):
             logps[i] += logits[position - 1].log_softmax(dim=0)[token]
     return logps
 
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES.split())
 def test_log_probs_of_a_ragged_batch_equal_those_of_each_row_alone(architecture):
     model = random_model(architecture, **PECULIAR)
     logps = kto.completion_logps(model, PROMPTS, COMPLETIONS)
     assert_close(logps, plain_logps(model, PROMPTS, COMPLETIONS), rtol=1e-5, atol=0)
+
 
 def test_each_completion_token_is_scored_eos_too_and_no_other_position_reaches_the_head():
     # All weights are 0: each of the 300 tokens has probability 1/300, and a sum counts tokens.
@@ -219,31 +273,37 @@ def test_each_completion_token_is_scored_eos_too_and_no_other_position_reaches_t
     assert_close(counts, tensor([4.0, 9.0, 2.0, 5.0, 6.0]))
     assert shapes == [(4 + 9 + 2 + 5 + 6, 300)]
 
+
 def test_log_probs_are_summed_in_float32_when_the_model_computes_in_bfloat16():
     # The sum is near -800, where bfloat16 knows only multiples of 4.
     model, y = random_model().bfloat16(), list(range(1, 121))
     logps = kto.completion_logps(model, [[5]], [y])
     assert_close(logps, plain_logps(model, [[5]], [y]), rtol=1e-6, atol=0)
 
+
 def test_what_cannot_be_scored_is_refused():
-    with pytest.raises(ValueError, match="without tokens"):
+    with pytest.raises(ValueError, match="no tokens"):
         kto.completion_logps(None, [[5], []], COMPLETIONS[:2])
     with pytest.raises(ValueError, match="shorter"):
         kto.completion_logps(None, PROMPTS, COMPLETIONS[:4])
 
-def test_rows_of_like_length_go_together_and_the_longest_come_first():
+
+def test_rows_of_similar_length_share_a_micro_batch_and_the_longest_come_first():
     # 1 + 5, 4 + 1, 1 + 8, 1 + 3 and 6 + 1 letters, which is 6, 5, 9, 4 and 7.
     prompts = "a aaaa a a aaaaaa".split()
     completions = "bbbbb b bbbbbbbb bbb b".split()
     parts = kto.micro_batches(prompts, completions, size=2)
     assert [index.tolist() for index, x, y in parts] == [[2, 4], [0, 1], [3]]
 
+
 # ---- The step ------------------------------------------------------------------------------------
 
 SETTINGS = {"beta": 0.3, "lambda_d": 1.4, "lambda_u": 0.7}
 
+
 def batch_of(letters):
     return {"prompt": PROMPTS, "completion": COMPLETIONS, "label": desirable(letters).tolist()}
+
 
 def policy_and_reference(raw_kl=1):
     """Two equal models, then noise on one. Exchanging them turns the sign of the raw KL."""
@@ -251,65 +311,42 @@ def policy_and_reference(raw_kl=1):
     add_noise(reference, std=0.1, seed=4)
     return (policy, reference) if raw_kl > 0 else (reference, policy)
 
+
 def gradient_of(model):
     return [weight.grad for weight in model.parameters()]
 
-def by_the_paper(r, z0, labels, beta, lambda_d, lambda_u):
-    """Losses by Eq. 8, and the gradient of their mean by Eq. 10, in Python's own numbers."""
-    rows = []
-    for reward, is_desirable in zip(r, labels):
-        weight, sign = (lambda_d, 1) if is_desirable else (lambda_u, -1)
-        s = 1 / (1 + math.exp(-sign * beta * (reward - z0)))
-        rows.append([weight - weight * s, -sign * weight * beta * s * (1 - s) / len(r)])
-    return tensor(rows).T
 
 def plain_step(policy, reference, letters):
-    """What kto_step does, one row after the other."""
+    """What kto_step returns, computed one row after the other. It adds the same gradient."""
     next_completions = COMPLETIONS[1:] + COMPLETIONS[:1]
-    ratios = plain_logps(policy, PROMPTS, next_completions)
-    ratios -= plain_logps(reference, PROMPTS, next_completions)
-    kl = ratios.mean().detach()
-    z0 = max(tensor(0.0), kl)
+    kl = plain_logps(policy, PROMPTS, next_completions)
+    kl = (kl - plain_logps(reference, PROMPTS, next_completions)).detach()
+    z0 = max(0.0, kl.mean().item())
 
     logps = plain_logps(policy, PROMPTS, COMPLETIONS)
-    r = (logps - plain_logps(reference, PROMPTS, COMPLETIONS)).detach()
-    labels = desirable(letters)
-    losses, gradient = by_the_paper(r, z0, labels, **SETTINGS)
-    logps.backward(gradient)
+    reference_logps = plain_logps(reference, PROMPTS, COMPLETIONS).detach()
+    losses = kto.kto_loss(logps, reference_logps, z0, desirable(letters), **SETTINGS)
+    losses.mean().backward()
+    return losses, logps - reference_logps, tensor([z0] * 5), kl, desirable(letters)
 
-    good, bad = r[labels], r[~labels]
-    right = (good > z0).sum() + (bad <= z0).sum()
-    d = good.mean().item() if "D" in letters else None
-    u = bad.mean().item() if "U" in letters else None
-    return {
-        "loss": losses.mean().item(),
-        "accuracy": right.item() / 5,
-        "z0": z0.item(),
-        "kl": kl.item(),
-        "reward_desirable": d,
-        "reward_undesirable": u,
-        "margin": d - u if letters == "DUUDU" else None,  # the batch with both classes
-    }
 
-@pytest.mark.parametrize("micro_batch_size, raw_kl, letters", [
-    (1, 1, "DUUDU"),
-    (3, 1, "DUUDU"),
-    (8, -1, "DUUDU"),
-    (3, 1, "DDDDD"),
-    (8, 1, "UUUUU"),
-])
+@pytest.mark.parametrize(
+    "micro_batch_size, raw_kl, letters",
+    [(1, 1, "DUUDU"), (3, 1, "DUUDU"), (8, -1, "DUUDU"), (3, 1, "DDDDD"), (8, 1, "UUUUU")],
+)
 def test_a_step_equals_the_plain_computation_whatever_the_micro_batch(
-        micro_batch_size, raw_kl, letters):
+    micro_batch_size, raw_kl, letters
+):
     policy, reference = policy_and_reference(raw_kl)
-    logged = kto.kto_step(policy, reference, batch_of(letters), **SETTINGS,
-                          micro_batch_size=micro_batch_size)
+    step = kto.kto_step(policy, reference, batch_of(letters), micro_batch_size, **SETTINGS)
     gradient = gradient_of(policy)
     policy.zero_grad()
     plain = plain_step(policy, reference, letters)
-    assert plain["kl"] * raw_kl > 0
-    assert_close(logged, plain, rtol=1e-5, atol=1e-5)
+    assert plain[3].mean() * raw_kl > 0
+    assert_close(step, plain, rtol=1e-5, atol=1e-5)
     assert_close(gradient, gradient_of(policy), rtol=1e-4, atol=1e-6)
     assert set(gradient_of(reference)) == {None}
+
 
 def test_a_step_scores_no_pair_twice_with_a_model_and_no_more_rows_at_once_than_it_may(monkeypatch):
     learned, scored = [], []
@@ -329,64 +366,105 @@ def test_a_step_scores_no_pair_twice_with_a_model_and_no_more_rows_at_once_than_
     assert sorted(learned) == "aA bB cC dD eE".split()
     assert sorted(scored) == "aA aB aB bB bC bC cC cD cD dD dE dE eA eA eE".split()
 
-def test_evaluation_gives_the_figures_of_a_step_and_leaves_no_gradient():
+
+def test_evaluation_returns_what_a_step_returns_and_leaves_no_gradient():
     policy, reference = policy_and_reference()
-    batch = batch_of("DUUDU")
     with torch.no_grad():
-        figures = kto.kto_step(policy, reference, batch, **SETTINGS)
+        evaluated = kto.kto_step(policy, reference, batch_of("DUUDU"))
     assert set(gradient_of(policy)) == {None}
-    assert figures == kto.kto_step(policy, reference, batch, **SETTINGS)
+    batch = batch_of("DUUDU") | {"label": [1, 0, 0, 1, 0]}  # which is the same to Python
+    step = kto.kto_step(policy, reference, batch)
+    assert_close(evaluated, step, rtol=0, atol=0)
+    assert not any(part.requires_grad for part in step)
+
+
+def test_a_single_row_has_no_next_row_and_is_refused():
+    alone = {"prompt": PROMPTS[:1], "completion": COMPLETIONS[:1], "label": [True]}
+    with pytest.raises(ValueError, match="two rows"):
+        kto.kto_step(*policy_and_reference(), alone)
+
+
+def test_metrics_of_several_steps_are_means_over_all_their_rows():
+    # A step of two desirable rows with z0 = 2, and one of three undesirable rows with z0 = 1. Of
+    # the r 3 and 2, the first is above its z0. Of -1, 4 and 0, all but 4 are not: 3 of 5 are right.
+    parts = tensor([[0.5, 1.5, 1, 1, 2], [3, 2, -1, 4, 0], [2, 2, 1, 1, 1], [2, 2, -3, 5, 2]])
+    assert kto.metrics_of(*parts, desirable("DDUUU")) == pytest.approx(
+        {
+            "loss": 1.2,
+            "z0": 1.4,
+            "kl": 1.6,
+            "accuracy": 0.6,
+            "reward_desirable": 2.5,
+            "reward_undesirable": 1,
+            "margin": 1.5,
+        }
+    )
+
+    # Of a class without rows there is no mean.
+    first = kto.metrics_of(*parts[:, :2], desirable("DD"))
+    second = kto.metrics_of(*parts[:, 2:], desirable("UUU"))
+    assert first["reward_undesirable"] is second["reward_desirable"] is None
+    assert first["margin"] is second["margin"] is None
+
 
 # ---- The training loop ---------------------------------------------------------------------------
 
-def adamw_and_schedule(model):
-    """The learning rate rises to 0.004 in three steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.004)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.25, total_iters=3)
-    return optimizer, schedule
 
-def test_training_is_a_plain_loop_of_step_clip_adamw_and_schedule():
+def test_training_is_a_plain_loop_of_step_clip_and_adamw():
     settings = {"beta": 0.3, "lambda_d": 30.0, "lambda_u": 15.0}
     batches = list(map(batch_of, ["DUUDU", "DDDDD", "UUUUU", "DUDUU"]))
-    policy, reference = policy_and_reference()
-    entries = kto.train(policy, reference, batches, *adamw_and_schedule(policy), 7, **settings)
-
-    plain, _ = policy_and_reference()
-    optimizer, schedule = adamw_and_schedule(plain)
+    (policy, reference), (plain, _) = policy_and_reference(), policy_and_reference()
+    optimizer = torch.optim.AdamW(policy.parameters())
+    plain_optimizer = torch.optim.AdamW(plain.parameters())
     norms = []
-    for step, batch, lr in zip([7, 8, 9, 10], batches, [0.001, 0.002, 0.003, 0.004]):
-        entry = next(entries)
-        optimizer.zero_grad()
-        logged = kto.kto_step(plain, reference, batch, **settings)
+    for entry in kto.train(policy, reference, batches, optimizer, 7, **settings):
+        metrics = kto.metrics_of(*kto.kto_step(plain, reference, batches[len(norms)], **settings))
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 10.0).item()
-        optimizer.step()
-        schedule.step()
+        lr = plain_optimizer.param_groups[0]["lr"]
+        plain_optimizer.step()
+        plain_optimizer.zero_grad()
 
         assert entry.pop("seconds") > 0
-        assert_close(entry, {"step": step, **logged, "grad_norm": norm, "lr": lr})
+        assert_close(entry, {"step": len(norms) + 7, **metrics, "grad_norm": norm, "lr": lr})
         assert_close(list(policy.parameters()), list(plain.parameters()))
         norms.append(norm)
 
-    assert list(entries) == []
+        # The caller may change the learning rate between two steps.
+        optimizer.param_groups[0]["lr"] = plain_optimizer.param_groups[0]["lr"] = lr * 1.5
+
+    assert len(norms) == 4
     assert min(norms) < 10 < max(norms)  # so some steps are clipped, and some are not
+
 
 @pytest.mark.parametrize("lambda_d", [1e38, math.inf])  # the norm: inf, then nan
 def test_a_gradient_that_is_not_finite_stops_training_before_it_does_harm(lambda_d):
     policy, reference = policy_and_reference()
-    optimizer, schedule = adamw_and_schedule(policy)
-    entries = kto.train(policy, reference, [batch_of("DUUDU")], optimizer, schedule,
-                        lambda_d=lambda_d)
+    optimizer = torch.optim.AdamW(policy.parameters())
+    entries = kto.train(policy, reference, [batch_of("DUUDU")], optimizer, lambda_d=lambda_d)
     with pytest.raises(FloatingPointError, match="step 0"):
         next(entries)
     assert optimizer.state == {}  # it has not moved the weights
 
+
+def test_the_example_of_train_runs(tmp_path, capsys):
+    random_model().save_pretrained(tmp_path)
+    names = vars(kto) | {"AutoModelForCausalLM": transformers.AutoModelForCausalLM}
+    names |= {"NAME": tmp_path, "batches": [batch_of("DUUDU")]}
+    example = inspect.getdoc(kto.train).split("\n\n")[1]
+    exec(textwrap.dedent(example), names)
+    assert capsys.readouterr().out.endswith("0.5\n")  # at step 0, each row's loss is lambda / 2
+    assert not torch.equal(names["policy"].lm_head.weight, names["reference"].lm_head.weight)
+
+
 # ---- TRL -----------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("raw_kl", [1, -1])
 def test_trl_has_the_same_loss_z0_and_gradient_norm(raw_kl, tmp_path):
     trl = pytest.importorskip("trl", reason="needs: pip install trl==1.16.0")
     policy, reference = policy_and_reference(raw_kl)
-    logged = kto.kto_step(policy, reference, batch_of("DUUDU"), **SETTINGS)
+    parts = kto.kto_step(policy, reference, batch_of("DUUDU"), **SETTINGS)
+    metrics = kto.metrics_of(*parts)
     norm = torch.nn.utils.get_total_norm(gradient_of(policy)).item()
     policy.zero_grad()
 
@@ -402,33 +480,40 @@ def test_trl_has_the_same_loss_z0_and_gradient_norm(raw_kl, tmp_path):
         desirable_weight=SETTINGS["lambda_d"],
         undesirable_weight=SETTINGS["lambda_u"],
     )
-    trainer = trl.KTOTrainer(policy, reference, settings, train_dataset=rows,
-                             processing_class=byte_tokenizer())
+    trainer = trl.KTOTrainer(
+        policy, reference, settings, train_dataset=rows, processing_class=byte_tokenizer()
+    )
     trainer.train()
     log = trainer.state.log_history[0]
-    figures = [log["loss"], log["kl"], log["grad_norm"]]  # what TRL calls kl is our z0
-    assert figures == pytest.approx([logged["loss"], logged["z0"], norm], rel=1e-5)
+    theirs = [log["loss"], log["kl"], log["grad_norm"]]  # what TRL calls kl is our z0
+    assert theirs == pytest.approx([metrics["loss"], metrics["z0"], norm], rel=1e-5)
+
 
 # ---- The flags -----------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def read_flags(monkeypatch):
     """read_flags("--a 1 --b 2") is the settings of `python kto.py --a 1 --b 2`."""
+
     def read(command=""):
         monkeypatch.setattr(sys, "argv", ["kto.py", *command.split()])
         return kto.read_flags()
 
     return read
 
+
 def test_what_is_not_given_is_the_papers_or_follows_from_the_model(read_flags):
     toy, named = read_flags(), read_flags("--model someone/chat-1B")
     assert (toy.beta, toy.lambda_d, toy.lambda_u, toy.batch_size) == (0.1, 1, 1, 32)
-    assert (toy.output, named.output) == ("kto-tiny", "kto-chat-1B")
-    assert (toy.lr, named.lr) == (5e-4, 5e-6)
+    assert (toy.holdout, toy.micro_batch_size) == (0.1, None)
+    assert (toy.output, named.output) == (Path("kto-tiny"), Path("kto-chat-1B"))
+    assert (toy.lr, named.lr, read_flags("--lr 0.5").lr) == (5e-4, 5e-6, 0.5)
+
 
 def test_an_impossible_value_is_refused_with_its_flag(read_flags):
     impossible = """--batch_size 1, --micro_batch_size 0, --epochs 0, --max_prompt_length 0,
-        --max_completion_length 0, --holdout -1, --save_every -1, --seed -1, --beta -1,
+        --max_completion_length 0, --holdout -0.1, --save_every -1, --seed -1, --beta -1,
         --lambda_d -0.1, --lambda_u -1, --beta 0, --lr 0, --lr nan, --lr inf"""
     for flag in impossible.split(","):
         with pytest.raises(kto.InputError, match=flag.strip()):
@@ -436,15 +521,20 @@ def test_an_impossible_value_is_refused_with_its_flag(read_flags):
     with pytest.raises(SystemExit, match="2"):
         read_flags("--dtype float16")
 
-@pytest.mark.parametrize("card, flags, expected", [
-    ("none", "", "cpu float32"),
-    ("computes in it", "", "cuda bfloat16"),
-    ("computes in it", "--device cuda:1", "cuda:1 bfloat16"),
-    ("computes in it", "--device cpu", "cpu float32"),
-    ("emulates it", "", "cuda float32")  # T4, V100, RTX 20xx: they say that they can
-])
+
+@pytest.mark.parametrize(
+    "card, flags, expected",
+    [
+        ("none", "", "cpu float32"),
+        ("computes in it", "", "cuda bfloat16"),
+        ("computes in it", "--device cuda:1", "cuda:1 bfloat16"),
+        ("computes in it", "--device cpu", "cpu float32"),
+        ("emulates it", "", "cuda float32"),  # T4, V100, RTX 20xx: they say that they can
+    ],
+)
 def test_auto_is_bfloat16_only_on_a_card_that_computes_in_it(
-        read_flags, monkeypatch, card, flags, expected):
+    read_flags, monkeypatch, card, flags, expected
+):
     def is_bf16_supported(including_emulation=True):
         return including_emulation or card == "computes in it"
 
@@ -453,31 +543,37 @@ def test_auto_is_bfloat16_only_on_a_card_that_computes_in_it(
     config = read_flags(flags)
     assert f"{config.device} {config.dtype}" == expected
 
+
 # ---- The rows of a file --------------------------------------------------------------------------
 
 GOOD = '{"prompt": "Hi", "completion": "Hello", "label": true}'
+
 
 def refusal(folder, line):
     """What is said about `line`, which an editor shows as line 3 of rows.jsonl."""
     file = folder / "rows.jsonl"
     file.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n", "latin-1")  # an accent is no UTF-8
-    # Always one line, that says where.
-    with pytest.raises(kto.InputError, match=f"^{file}:3: .{{5,500}}$") as error:
-        list(kto.read_rows(kto.Config(data=str(file)), byte_tokenizer()))
+    # Always one line, which says where, and what a row is.
+    with pytest.raises(kto.InputError, match=f"^{file}:3: .{{5,600}}$") as error:
+        list(kto.read_rows(file, byte_tokenizer(CHATML)))
+    assert "A row is one whole line" in str(error.value)
     return str(error.value)
 
-# In the two tables, pieces of what is said of the row stand behind the arrow, with ... between.
-# The first row of the first table ends in what follows each message: what a row is.
+
+# In the tables, pieces of what is said of the row stand behind the arrow, with ... between.
+# The third row is the first line of an object that is spread over several lines.
 
 BAD_ROWS = """\
-[{"prompt": "a"}, {"prompt": "b"}]  ->  JSON object ... '[{"prompt": "a"}, ... true or false
-[  ->  JSON object ... '['
-"text"  ->  JSON object ... '"text"'
-prompt,completion,label  ->  JSON object ... 'prompt,completion,label'
-{"prompt": "a", "compl  ->  Unterminated string
+[{"prompt": "a"}, {"prompt": "b"}]  ->  not a JSON object: [{'prompt': 'a'}
+[  ->  not one row of JSON: Expecting value
+{  ->  not one row of JSON
+"text"  ->  not a JSON object: 'text'
+prompt,completion,label  ->  not one row of JSON
+{"prompt": "a", "compl  ->  not one row of JSON
 {'prompt': 'a', 'completion': 'b', 'label': True}  ->  double quotes
-{"prompt": "a", "completion": "b", "label": 1} {}  ->  Extra data
+{"prompt": "a", "completion": "b", "label": 1} {}  ->  second row begins on this line ... column 48
 {"prompt": "é", "completion": "b", "label": true}  ->  can't decode byte 0xe9
+\x1f\x8b\x08  ->  not UTF-8 text ... unpack
 {"conversations": [], "kto_tag": true}  ->  no prompt ... ['conversations', 'kto_tag']
 {"messages": [], "label": true}  ->  no prompt ... ['messages', 'label']
 {"prompt": "a", "chosen": "b"}  ->  no completion ... ['prompt', 'chosen']
@@ -494,12 +590,14 @@ prompt,completion,label  ->  JSON object ... 'prompt,completion,label'
 {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}, \
 {"role": "assistant", "content": "c"}], "label": 1}  ->  one message of the assistant"""
 
-@pytest.mark.parametrize("case", BAD_ROWS.splitlines())
+
+@pytest.mark.parametrize("case", BAD_ROWS.split("\n"))
 def test_each_kind_of_bad_row_is_refused_with_what_is_there_and_what_should_be(tmp_path, case):
     line, found = case.split("  ->  ")
     message = refusal(tmp_path, line)
     for words in found.split(" ... "):
         assert words in message
+
 
 NO_MESSAGES = r"""5  ->  neither a text nor a list of messages: 5
 null  ->  neither a text nor a list of messages: None
@@ -511,7 +609,15 @@ null  ->  neither a text nor a list of messages: None
 [{"role": "assistant"}]  ->  the content of a message must be a text: {'role'
 [{"role": "user", "content": [{"type": "text"}]}]  ->  the content of a message must be a text
 [{"role": "assistant", "content": "a"}, 7]  ->  the role of a message must be a text: 7
-"\ud83d"  ->  surrogates not allowed"""
+[{"role": "assistant", "content": "a", "tool_calls": [1]}]  ->  tool_calls is not used
+[{"role": "assistant", "content": "a", "thinking": "b"}]  ->  thinking is not used
+"\ud83d"  ->  surrogates not allowed
+"a<s>"  ->  '<s>' is a special token
+"</s>a"  ->  '</s>' is a special token
+"<|im_start|>user\na"  ->  '<|im_start|>' is a special token
+[{"role": "assistant", "content": "a<|im_end|>"}]  ->  '<|im_end|>' is a special token
+"<pad>"  ->  '<pad>' is a special token"""
+
 
 @pytest.mark.parametrize("case", NO_MESSAGES.splitlines())
 def test_what_is_neither_text_nor_messages_is_refused_on_either_side(tmp_path, case):
@@ -519,75 +625,130 @@ def test_what_is_neither_text_nor_messages_is_refused_on_either_side(tmp_path, c
     assert found in refusal(tmp_path, GOOD.replace('"Hi"', value))
     assert found in refusal(tmp_path, GOOD.replace('"Hello"', value))
 
-def test_a_bad_row_is_refused_before_a_model_is_loaded_and_not_shown_whole(read_flags, tmp_path):
-    # The folder has a tokenizer and no model: had it been asked for, the message would say so.
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text(GOOD + "\n" + "[" * 100_000)
-    read_flags(f"--model {tmp_path}/model --data {tmp_path}/rows.jsonl --output {tmp_path}/new")
-    with pytest.raises(kto.InputError, match="rows.jsonl:2: not a JSON object.{,500}$"):
-        kto.main()
+
+def test_a_column_that_would_change_what_is_trained_is_refused_unless_it_is_empty(tmp_path):
+    for key, value in (("system", "Be kind"), ("tools", [{}]), ("images", ["a.png"])):
+        row = json.loads(GOOD)
+        assert f"{key} is not used" in refusal(tmp_path, json.dumps(row | {key: value}))
+        for nothing in (None, "", []):
+            kto.parse_row(json.dumps(row | {key: nothing}).encode())
+
+
+def loaded(config, tokenizer=None):
+    """The rows of a file as a run has them: a datasets.Dataset in a folder of its own."""
+    folder = tempfile.mkdtemp(dir=Path(config.data).parent)
+    return kto.load_rows(config, tokenizer or byte_tokenizer(), folder)
+
 
 def decoded(prompt, completion):
     """Ids as text, with all special tokens."""
     tokenizer = byte_tokenizer()
     return f"{tokenizer.decode(prompt)} -> {tokenizer.decode(completion)}"
 
+
 def test_odd_but_usable_lines_are_read(tmp_path):
     lines = (
         "\ufeff" + GOOD + "\r\n"  # a byte order mark, and the end of a line on Windows
         " \t\r\n"
         '{"id": 7, "label": 0, "prompt": "2024-01-01", "completion": "12.50"}\n'
-        '{"prompt": "a\u2028b\x85c", "completion": " d ", "label": 1}\n')  # no ends of lines
+        '{"prompt": "a\u2028b\x85c", "completion": " d ", "label": 1.0, "score": NaN}'  # no ends
+    )
     file = tmp_path / "rows.jsonl"
     file.write_bytes(lines.encode())
-
-    # By 2, the second row is held out, although its line is the third.
     read = []
-    for row in kto.read_rows(kto.Config(data=str(file), holdout=2), byte_tokenizer()):
+    for row in loaded(kto.Config(data=str(file))):
         text = decoded(row["prompt"], row["completion"])
-        read.append(f"{text} {row['label']} {row['is_held_out']}")
-    assert read == ["Hi -> Hello</s> True False", "2024-01-01 -> 12.50</s> False True",
-                    "a\u2028b\x85c ->  d </s> True False"]
+        read.append(f"{row['line']} {text} {row['label']} {row['not_used']}")
+    assert read == [
+        "1 Hi -> Hello</s> True ",
+        "3 2024-01-01 -> 12.50</s> False id",
+        "4 a\u2028b\x85c ->  d </s> True score",
+    ]
+
+
+def lettered(letters):
+    """A row for each letter, which is its prompt and its completion; capitals are good."""
+    return [(letter, letter, letter.isupper()) for letter in letters]
+
 
 def settings_for(folder, letters, holdout=0, **others):
-    """Settings of a run on a row for each letter, its prompt and completion; capitals are good."""
-    rows = [(letter, letter, letter.isupper()) for letter in letters]
-    return kto.Config(data=write_rows(folder / "rows.jsonl", rows), device="cpu", holdout=holdout,
-                      **others)
+    """Settings of a run on the rows of `lettered`."""
+    data = write_rows(folder / "rows.jsonl", lettered(letters))
+    return kto.Config(data=data, device="cpu", holdout=holdout, **others)
+
+
+def test_a_row_or_a_file_without_a_token_is_refused(tmp_path):
+    with pytest.raises(kto.InputError, match="rows.jsonl:2: neither a text"):
+        loaded(settings_for(tmp_path, ["a", ""]))
+    with pytest.raises(kto.InputError, match="rows.jsonl has no rows"):
+        loaded(settings_for(tmp_path, []))
+
+
+def test_an_edited_file_gives_its_new_rows_and_other_digests_where_a_row_has_changed(tmp_path):
+    config = settings_for(tmp_path, "abc")
+    first = loaded(config)
+    write_rows(Path(config.data), [("a", "a", False), ("x", "b", False), ("c", "x", False)])
+    second = loaded(config)
+    read = " ".join(map(decoded, second["prompt"], second["completion"]))
+    assert read == "a -> a</s> x -> b</s> c -> x</s>"
+    same = [a == b for a, b in zip(first["digest"], second["digest"])]
+    assert same == [True, False, False]
+
 
 # ---- A row as the model sees it ------------------------------------------------------------------
 
 LLAMA = (  # writes BOS itself, closes an answer with EOS, knows no system turn
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
     "{{ raise_exception('no system turn') }}{% elif m.role == 'user' %}[INST]{{ m.content }}[/INST]"
-    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 BARE = (  # no end token at all
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}")
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 PHI = (  # EOS follows each chat that does not ask for an answer
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}a:{% else %}{{ eos_token }}{% endif %}")
+    "{% if add_generation_prompt %}a:{% else %}{{ eos_token }}{% endif %}"
+)
 THINK_DROPPED = (  # a thought is opened when asked, of which an answered chat has nothing
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}")
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
 THINK_CLOSED = (  # a thought is opened when asked, which an answered chat closes at once
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+RESPACED = THINK_DROPPED.replace("{{ m.content }}", "{{ m.content.split() | join(' ') }}")
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
 CHAT = [{"role": "system", "content": "Be kind"}, USER, ANSWER, {"role": "user", "content": "Bye"}]
+THOUGHT = "<think>\nHm.\n</think>\n\nHello"
 
-def texts(tokenizer, prompt="Hi", completion="Hello"):
-    return decoded(*kto.encode({"prompt": prompt, "completion": completion}, tokenizer))
+
+def texts(tokenizer, prompt="Hi", completion="Hello", config=kto.Config()):
+    """A row as the model sees it, with the border between prompt and completion."""
+    row = {"prompt": prompt, "completion": completion}
+    row = kto.render(row, tokenizer, kto.special_tokens(tokenizer)) | {"line": 1}
+    ids = kto.tokenise({key: [text] for key, text in row.items()}, tokenizer)
+    row = kto.encode(row | {"x": ids["x"][0], "both": ids["both"][0]}, tokenizer, config)
+    return decoded(row["prompt"], row["completion"])
+
 
 def test_plain_texts_stay_as_they_are_between_the_tokenizers_bos_and_one_eos():
     assert texts(byte_tokenizer(), "Hi ", " Hello\n") == "Hi  ->  Hello\n</s>"
     assert texts(byte_tokenizer(adds_bos=True)) == "<s>Hi -> Hello</s>"
-    assert texts(byte_tokenizer(pad="</s>"), completion="Hello</s>") == "Hi -> Hello</s>"
-    assert texts(byte_tokenizer(), completion="A<pad>") == "Hi -> A<pad></s>"  # no end of a text
+
+    # Some tokenizers end each text with EOS by themselves, and to some BOS is EOS.
+    for single, bos in (("<s> $A </s>", "<s>"), ("</s> $A", "</s>")):
+        tokenizer = byte_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", 256), ("</s>", 257)]
+        )
+        assert texts(tokenizer) == f"{bos}Hi -> Hello</s>"
+
 
 def test_a_completion_is_tokenised_as_it_follows_the_prompt():
     tokenizer = byte_tokenizer(adds_bos=True)
@@ -596,22 +757,71 @@ def test_a_completion_is_tokenised_as_it_follows_the_prompt():
     tokenizer.add_tokens(["iH"])
     assert texts(tokenizer) == "<s> Hi ->  Hello</s>"  # a token lies across the border
 
-@pytest.mark.parametrize("template, expected", [
-    (CHATML, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n -> Hello<|im_end|>"),
-    (LLAMA, "<s>[INST]Hi[/INST] ->  Hello</s>"),
-    (BARE, "user: Hi\nassistant:  -> Hello</s>"),
-    (PHI, "u:Hi<|im_end|>a: -> Hello<|im_end|></s>"),
-    (THINK_DROPPED, "<|user|>Hi<|assistant|> -> Hello</s>"),
-    (THINK_CLOSED, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>"
-                   " -> </think>Hello<|im_end|>")
-])
+
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        (CHATML, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n -> Hello<|im_end|>"),
+        (LLAMA, "<s>[INST]Hi[/INST] ->  Hello</s>"),
+        (BARE, "user: Hi\nassistant:  -> Hello</s>"),
+        (PHI, "u:Hi<|im_end|>a: -> Hello<|im_end|></s>"),
+        (THINK_DROPPED, "<|user|>Hi<|assistant|> -> Hello</s>"),
+        (
+            THINK_CLOSED,
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>"
+            " -> </think>Hello<|im_end|>",
+        ),
+    ],
+)
 def test_a_chat_is_what_its_template_writes_and_ends_once(template, expected):
     # The tokenizer would add BOS to a text, and pads with EOS: neither makes a difference here.
     tokenizer = byte_tokenizer(template, adds_bos=True, pad="</s>")
     assert texts(tokenizer) == texts(tokenizer, [USER], [ANSWER]) == expected
 
+
 def test_an_answer_that_starts_like_a_thought_is_left_whole():
-    assert "<|assistant|> -> <b></s>" in texts(byte_tokenizer(THINK_DROPPED), completion="<b>")
+    for answer in ("<b>", THOUGHT):
+        assert f"<|assistant|> -> {answer}</s>" in texts(
+            byte_tokenizer(THINK_DROPPED), completion=answer
+        )
+
+
+def test_the_border_lies_between_tokens_where_inference_opens_a_thought_that_is_closed_at_once():
+    # "<think>" when asked and "</think>" when answered have "<" in common (GLM 4.7).
+    template = THINK_DROPPED.replace("|>{{ m", "|>{{ '</think>' * (m.role < 'b') }}{{ m")
+    tokenizer = byte_tokenizer(template)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    row = kto.render(
+        {"prompt": "Hi", "completion": "Hello"}, tokenizer, kto.special_tokens(tokenizer)
+    )
+    ids = kto.tokenise({key: [text] for key, text in row.items()}, tokenizer)
+    row = kto.encode(
+        row | {"line": 1, "x": ids["x"][0], "both": ids["both"][0]}, tokenizer, kto.Config()
+    )
+    assert tokenizer.decode(row["prompt"]) == "<|user|>Hi<|assistant|>"
+    assert tokenizer.decode(row["completion"]) == "</think>Hello</s>"
+
+
+def test_a_completion_ends_with_eos_even_if_its_last_token_decodes_to_nothing():
+    # As in Llama 2: the decoder strips a leading space, and the last token is a space.
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteLevel(), tokenizers.decoders.Strip(" ", 1, 0)]
+    )
+    assert texts(tokenizer, "Hi", "Hello ") == "Hi -> Hello </s>"
+
+
+def test_an_added_token_that_is_not_special_may_be_in_a_text():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    row = {"prompt": "<think>", "completion": "a"}
+    assert kto.render(row, tokenizer, kto.special_tokens(tokenizer))["prompt"] == "<think>"
+
+
+def test_a_template_may_change_the_white_space_of_a_text():
+    respaced = "<|user|>Hi<|assistant|> -> <think> Hm. </think> Hello</s>"
+    assert texts(byte_tokenizer(RESPACED), "Hi\n", THOUGHT) == respaced
+
 
 def test_the_prompt_of_several_turns_is_what_inference_asks_with():
     tokenizer = byte_tokenizer(CHATML)
@@ -619,125 +829,260 @@ def test_the_prompt_of_several_turns_is_what_inference_asks_with():
     assert "Be kind" in asked
     assert texts(tokenizer, CHAT) == asked + " -> Hello<|im_end|>"
 
-SHOWS = "{% for m in messages if m.role == 'ROLE' %}{{ m.content }}{% endfor %}"
 
-@pytest.mark.parametrize("template, prompt, completion, found", [
-    (None, [USER], "Hello", "template cannot render it: .* is not set"),
-    (None, "Hi", [ANSWER], "template cannot render it: .* is not set"),
-    (LLAMA, CHAT, "Hello", "template cannot render it: no system turn"),
-    ("Say: {{ messages[-1].content }}", "Hi", "Bye", "changes 'Hi'"),  # of the prompt
-    (SHOWS.replace("ROLE", "user"), "Hi", "Hello", "no token at all"),
-    (SHOWS.replace("ROLE", "assistant"), "Hi", "Hello", "no token at all")
-])
-def test_a_chat_that_a_template_cannot_take_is_refused_in_words(
-        template, prompt, completion, found):
-    with pytest.raises(ValueError, match=found):
+SHOWS = "{% for m in messages if m.role == 'ROLE' %}{{ m.content }}{% endfor %}"
+ALWAYS_ASKS = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
+THOUGHT_LOST = THINK_DROPPED.replace("m.content", "m.content.split('</think>')[-1]")
+KNOWN_ROLES = CHATML.replace("messages %}", "messages if m.role in ['user', 'assistant'] %}")
+CALLS_TOOLS = CHATML.replace("{{ m.content }}", "{{ m.content if m.tool_calls is undefined }}")
+
+
+@pytest.mark.parametrize(
+    "template, prompt, completion, found",
+    [
+        (None, [USER], "Hello", "this tokenizer has none"),
+        (None, "Hi", [ANSWER], "this tokenizer has none"),
+        (LLAMA, CHAT, "Hello", "cannot render it: no system turn"),
+        ("Say: {{ messages[-1].content }}", "Hi", "Bye", "this message: .*'Hi'"),
+        (SHOWS.replace("ROLE", "user"), "Hi", "Hello", "loses a part of the completion"),
+        (SHOWS.replace("ROLE", "assistant"), "Hi", "Hello", "this message: .*'Hi'"),
+        (THOUGHT_LOST, "Hi", THOUGHT, "loses a part of the completion"),
+        (ALWAYS_ASKS, "Hi", "Hello", "or adds one: .*im_start.*assistant"),
+        (KNOWN_ROLES, [{"role": "human", "content": "Hi"}], "Hello", "unknown role 'human'"),
+        (CALLS_TOOLS, "Hi", [ANSWER | {"tool_calls": []}], "loses a part of the completion"),
+        (CALLS_TOOLS, [USER, ANSWER | {"tool_calls": []}, USER], "Bye", "this message: .*'Hello'"),
+    ],
+)
+def test_a_chat_that_a_template_cannot_take_or_would_change_is_refused_in_words(
+    template, prompt, completion, found
+):
+    with pytest.raises(kto.InputError, match=found):
         texts(byte_tokenizer(template), prompt, completion)
 
-@pytest.mark.parametrize("x_tokens, y_tokens, expected", [
-    (7, 8, "Tell me -> Tell me</s>"),
-    (8, 7, "<s>Tell me -> Tell me"),  # it did not end there: no EOS
-    (2, 1, "me -> T")
-])
-def test_of_a_prompt_the_end_is_kept_and_of_a_completion_the_start(
-        tmp_path, x_tokens, y_tokens, expected):
-    config = settings_for(tmp_path, ["Tell me"], max_prompt_length=x_tokens,
-                      max_completion_length=y_tokens)
-    row = next(kto.read_rows(config, byte_tokenizer(adds_bos=True)))
-    assert decoded(row["prompt"], row["completion"]) == expected
-    assert row["prompt"].itemsize == row["completion"].itemsize == 4  # bytes for an id
+
+@pytest.mark.parametrize("template", [CHATML, KNOWN_ROLES])
+@pytest.mark.parametrize("text", ["Hi", "s"])
+def test_a_role_that_no_model_knows_is_refused(template, text):
+    with pytest.raises(kto.InputError, match="human"):
+        texts(byte_tokenizer(template), [{"role": "human", "content": text}])
+
+
+def test_texts_rendered_for_another_model_are_refused():
+    for text in ("<|eot_id|>", "[INST] a [/INST]", "<start_of_turn>user"):
+        with pytest.raises(kto.InputError, match="a template's tag"):
+            texts(byte_tokenizer(CHATML), text)
+
+
+@pytest.mark.parametrize(
+    "x_tokens, y_tokens, expected",
+    [
+        (7, 8, "Tell me -> Tell me</s>"),
+        (8, 7, "<s>Tell me -> Tell me"),  # it did not end there: no EOS
+        (2, 1, "me -> T"),
+    ],
+)
+def test_of_a_prompt_the_end_is_kept_and_of_a_completion_the_start(x_tokens, y_tokens, expected):
+    config = kto.Config(max_prompt_length=x_tokens, max_completion_length=y_tokens)
+    assert texts(byte_tokenizer(adds_bos=True), "Tell me", "Tell me", config) == expected
+
+
+def test_the_facts_on_a_row_are_those_before_it_is_cut(tmp_path):
+    config = settings_for(tmp_path, ["zab"], max_prompt_length=1, max_completion_length=1)
+    tokenizer = byte_tokenizer(adds_bos=True)
+    row = loaded(config, tokenizer)[0]
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (4, 4)  # BOS z a b, z a b EOS
+    assert row["end_token"] == row["highest_id"] == tokenizer.eos_token_id
+
 
 # ---- Batches -------------------------------------------------------------------------------------
 
-def trained_on(config):
+
+def trained_on(rows, config, first_step=0):
     """The letters of each batch, as one text."""
-    tokenizer = byte_tokenizer()
-    batches = kto.training_batches(config, tokenizer)
-    return ["".join(map(tokenizer.decode, batch["prompt"])) for batch in batches]
+    batches = kto.training_batches(rows, config, first_step)
+    return ["".join(map(byte_tokenizer().decode, batch["prompt"])) for batch in batches]
 
-def test_an_epoch_has_each_row_once_in_an_order_of_its_own_but_those_that_fill_no_batch(
-        tmp_path, monkeypatch):
-    shuffle = datasets.IterableDataset.shuffle
 
-    def shuffle_less(rows, seed, buffer_size):  # as if the file had more rows than the buffer
-        return shuffle(rows, seed, buffer_size=5)
-
-    monkeypatch.setattr(datasets.IterableDataset, "shuffle", shuffle_less)
-
+def test_an_epoch_has_each_row_once_in_an_order_of_its_own_but_those_that_fill_no_batch(tmp_path):
     # 13 = 3 * 4 + 1: the last row would be its own partner.
     config = settings_for(tmp_path, "abcdefghijklm", batch_size=4, epochs=2)
-    batches = trained_on(config)
+    rows = loaded(config)
+    batches = trained_on(rows, config)
     first, second = "".join(batches[:3]), "".join(batches[3:])
     assert len(first) == len(second) == len(set(first)) == len(set(second)) == 12
     assert first != second and "abcdefghijkl" not in (first, second)
 
-    # The seed decides the order.
+    # A resumed run goes to its batch by index, and the seed decides the order.
+    for step in range(7):
+        assert trained_on(rows, config, step) == batches[step:]
     config.seed = 1
-    assert trained_on(config) != batches
+    assert trained_on(rows, config) != batches
 
-def test_every_kth_row_is_held_out_and_never_trained_on(tmp_path):
-    config = settings_for(tmp_path, "abCdeFghijkl", holdout=3, batch_size=4)  # C, F, i, l
-    held_out = kto.survey(config, byte_tokenizer())[0]
-    held_out = " ".join(map(decoded, held_out["prompt"], held_out["completion"]))
-    assert held_out == "C -> C</s> F -> F</s> i -> i</s> l -> l</s>"
-    assert set("".join(trained_on(config))) == set("abdeghjk")
 
-# ---- The survey ----------------------------------------------------------------------------------
+def test_a_row_is_parsed_and_encoded_once_however_many_the_epochs(tmp_path, monkeypatch):
+    parse, encode, calls = kto.parse_row, kto.encode, []
 
-def survey(folder, letters, **others):
-    """(held-out rows, steps of an epoch, longest x and y)"""
-    return kto.survey(settings_for(folder, letters, **others), byte_tokenizer())
+    def parse_and_count(line):
+        calls.append("parse")
+        return parse(line)
 
-def test_what_will_be_trained_on_is_counted_and_one_row_shown_as_the_model_sees_it(
-        tmp_path, capsys):
-    # By 5, J and t are held out. The 8 capitals and 3 small letters left are 3 batches of 3 rows,
-    # and 2 rows are left over.
-    assert survey(tmp_path, "ABCDJEFGHtxyz", holdout=5, batch_size=3)[1] == 3
-    printed = capsys.readouterr().out
-    for fact in ("n_D = 8, n_U = 3; held out 2 rows, 1 of them desirable\n",
-                 "3 an epoch; 2 rows are left over", "\nlast row z -> z</s>\n"):
-        assert fact in printed
+    def encode_and_count(row, tokenizer, config):
+        calls.append("encode")
+        return encode(row, tokenizer, config)
 
-def test_the_longest_prompt_and_the_longest_completion_are_found_held_out_or_not(tmp_path):
-    rows = [("along", "b", True), ("a", "b", True), ("a", "below", True)]  # the third is held out
-    config = kto.Config(data=write_rows(tmp_path / "rows.jsonl", rows), holdout=3, batch_size=2)
-    longest = kto.survey(config, byte_tokenizer())[2]
-    assert decoded(**longest) == "along -> below</s>"
+    monkeypatch.setattr(kto, "parse_row", parse_and_count)
+    monkeypatch.setattr(kto, "encode", encode_and_count)
+    config = settings_for(tmp_path, "abcdef", batch_size=2, epochs=3)
+    assert len(trained_on(loaded(config), config)) == 9
+    assert calls == ["parse"] * 6 + ["encode"] * 6
 
-def test_a_file_whose_rows_fill_no_batch_is_refused(tmp_path):
-    for letters in ("", "abcdefg", "abcdefgh"):  # the eighth is held out
-        with pytest.raises(kto.InputError, match="[07] rows .*--batch_size"):
-            survey(tmp_path, letters, batch_size=8, holdout=8)
 
-@pytest.mark.parametrize("letters, lambda_d, lambda_u, advice", [
-    ("Abcdefghijk", 1, 1, "= 0.1;.*--lambda_d 10 to 15\n"),  # 1 for 10, the example of §4.2
-    # 4 / (0.5 * 5) = 1.6. The weight is 0.5 * 5 / 4 = 0.625, or half more.
-    ("ABCDefghi", 1, 0.5, "= 1.6;.*--lambda_d 0.625 to 0.9375\n"),
-    ("abcd", 1, 1, "WARNING  only one class"),
-    ("AbcD", 1, 0, "WARNING  only one class")  # the other weighs nothing
-])
+# ---- What is shown -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shown(read_flags, tmp_path, capsys):
+    """shown(rows, flags) is what a run prints before it loads a model, and what it splits into.
+
+    `rows` are (prompt, completion, label), or letters.
+    """
+
+    def run(rows, flags="", template=None):
+        file = write_rows(tmp_path / "rows.jsonl", lettered(rows) if type(rows) is str else rows)
+        byte_tokenizer(template).save_pretrained(tmp_path / "model")
+        files = f"--model {tmp_path}/model --data {file} --output {tmp_path}/new"
+        read_flags(f"{files} --holdout 0 --batch_size 2 {flags}")
+        with mock.patch("kto.describe", wraps=kto.describe) as describe:
+            with mock.patch("kto.load_model", side_effect=InterruptedError):
+                with pytest.raises(InterruptedError):
+                    kto.main()
+        training, held_out = describe.call_args.args[1:3]
+        return capsys.readouterr().out, training, held_out
+
+    return run
+
+
+def test_a_bad_row_is_refused_before_a_model_is_loaded_and_not_shown_whole(read_flags, tmp_path):
+    # The folder has a tokenizer and no model: had it been asked for, the message would say so.
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    file = tmp_path / "rows.jsonl"
+    for bad in ("[" * 100_000, json.dumps(["long"] * 10_000), GOOD.replace("Hello", "")):
+        file.write_text(f"{GOOD}\n{bad}")
+        read_flags(f"--model {tmp_path}/model --data {file} --output {tmp_path}/new")
+        with pytest.raises(kto.InputError, match="rows.jsonl:2: .{5,600}$"):
+            kto.main()
+
+
+def test_what_will_be_trained_is_counted(shown):
+    # Of 13 rows a quarter, rounded up, is held out. The other nine are two batches of four.
+    printed, training, held_out = shown("ABCDEFGHtuxyz", "--holdout 0.25 --batch_size 4")
+    good = sum(training["label"])
+    assert f"n_D = {good} desirable and n_U = {9 - good} undesirable" in printed
+    assert f"4 rows held out, {sum(held_out['label'])} of them desirable" in printed
+    assert "2 an epoch; 1 rows are left over" in printed
+    assert "0 answers have both labels" in printed and "not used: none" in printed
+
+
+def test_each_row_is_either_trained_on_or_held_out_as_the_seed_decides(shown):
+    splits = []
+    for seed in (0, 0, 1):
+        training, held_out = shown("abcdefghijkl", f"--holdout 0.3 --seed {seed}")[1:]
+        splits.append([decoded(x, []) for x in held_out["prompt"]])
+        both = splits[-1] + [decoded(x, []) for x in training["prompt"]]
+        assert len(both) == len(set(both)) == 12
+    assert splits[0] == splits[1] != splits[2]
+
+
+def test_a_file_sorted_by_label_is_mixed_like_any_other(shown, tmp_path, monkeypatch):
+    two = loaded(settings_for(tmp_path, "Ab"))
+    rows = two.select([0] * 12_000 + [1] * 12_000)
+    monkeypatch.setattr(kto, "load_rows", lambda *_: rows)
+    training, held_out = shown("Ab", "--holdout 0.1 --batch_size 32")[1:]
+    assert 1000 < sum(held_out["label"]) < 1400  # of 2,400
+    for part in (rows.select_columns("label"), training.select_columns("label")):
+        for batch in kto.training_batches(part, kto.Config(epochs=1), 0):
+            assert 0 < sum(batch["label"]) < 32
+
+
+def test_answers_with_both_labels_are_counted(shown):
+    good, bad = ("a", "b", True), ("a", "b", False)
+    printed = shown([good, bad, good, bad, ("c", "b", True), ("a", "c", True)])[0]
+    assert "1 answers have both labels" in printed
+
+
+def test_columns_that_are_not_used_are_named(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(GOOD.replace("}", f', "{key}": 1}}') for key in ("score", "id")))
+    rows = loaded(kto.Config(data=str(file)))
+    kto.describe(rows.to_pandas(), rows, rows, byte_tokenizer(), kto.Config())
+    assert "not used: id, score\n" in capsys.readouterr().out
+
+
+def test_what_is_cut_is_counted_with_a_warning_if_most_answers_lose_their_end(shown):
+    # The limits are those of "abc", and of "abc" with EOS.
+    rows = [("long", "b", 1), ("a", "long", 1), ("abc", "long", 0), ("a", "abc", 0)]
+    flags = "--max_prompt_length 3 --max_completion_length 4"
+    printed = shown(rows, flags)[0]
+    assert "1 prompts lose their beginning" in printed and "2 completions lose" in printed
+    assert "WARNING  most completions are cut" not in printed
+    assert "WARNING  most completions are cut" in shown(rows[:3], flags)[0]
+
+
+def test_a_row_is_shown_as_the_model_sees_it_with_its_border_and_what_inference_adds(shown):
+    rows = [("Hi", "Hello", True)] * 3
+    printed = shown(rows)[0]
+    assert "no chat template" in printed and "goes on" not in printed
+    assert "prompt      'Hi'\n  completion  'Hello</s>'\n" in printed
+    printed = shown(rows, template=THINK_DROPPED)[0]
+    assert "put into the tokenizer's chat template" in printed
+    assert "prompt      '<|user|>Hi<|assistant|>'\n  completion  'Hello</s>'\n" in printed
+    assert printed.count("goes on with '<think>\\n'") == printed.count("goes on") == 1
+
+
+def test_a_file_whose_rows_fill_no_batch_is_refused(shown):
+    with pytest.raises(kto.InputError, match="8 rows, less 1 .*--batch_size"):
+        shown("abcdefgh", "--batch_size 8 --holdout 0.1")
+    shown("abcdefghi", "--batch_size 8 --holdout 0.1")
+
+
+@pytest.mark.parametrize(
+    "letters, flags, advice",
+    [
+        ("Abcdefghijk", "", "= 0.1;.*\n.*--lambda_d 10 to 15\n"),  # the example of §4.2
+        # 4 / (0.5 * 5) = 1.6. The weight is 0.5 * 5 / 4 = 0.625, or half more.
+        ("ABCDefghi", "--lambda_u 0.5", "= 1.6;.*\n.*--lambda_d 0.625 to 0.9375\n"),
+        ("abcd", "", "WARNING  only one class"),
+        ("AbcD", "--lambda_u 0", "WARNING  only one class"),  # the other weighs nothing
+    ],
+)
 def test_unequal_classes_get_the_weight_of_eq_9_and_one_alone_a_warning(
-        tmp_path, capsys, letters, lambda_d, lambda_u, advice):
-    survey(tmp_path, letters, batch_size=2, lambda_d=lambda_d, lambda_u=lambda_u)
-    assert re.search(advice, capsys.readouterr().out)
+    shown, letters, flags, advice
+):
+    assert re.search(advice, shown(letters, flags)[0])
+
 
 # ---- The models ----------------------------------------------------------------------------------
 
-def load_with(folder, x=[5] * 64, y=[6] * 60, device="cpu"):
-    """As in a run whose longest prompt is x, and whose longest completion is y."""
-    return kto.load_model(kto.Config(model=str(folder), device=device), byte_tokenizer(), x, y)
 
-def load_error(folder, **others):
+def load_with(folder, highest_id=0, end_token=0):
+    """The model of a folder, as in a run of three rows, of which the second has these ids."""
+    ids = {"highest_id": [7, highest_id, 7], "end_token": [0, end_token, 0]}
+    facts = datasets.Dataset.from_dict(ids).to_pandas()
+    return kto.load_model(kto.Config(model=str(folder)), None, None, facts)
+
+
+def load_error(folder, **ids):
     """What is said, in one line, of a model that cannot be used."""
-    with pytest.raises(kto.InputError, match=f"^--model {folder} on --device .*$") as error:
-        load_with(folder, **others)
+    with pytest.raises(kto.InputError, match=f"^--model {folder}") as error:
+        load_with(folder, **ids)
     return str(error.value)
 
-def test_a_model_is_loaded_in_float32_on_the_device_that_is_named(tmp_path):
+
+def test_a_model_is_loaded_in_float32(tmp_path):
     # In bfloat16, of 8 bits, the updates of a small learning rate are rounded away.
     random_model().bfloat16().save_pretrained(tmp_path)
     assert load_with(tmp_path).dtype == torch.float32
-    load_error(tmp_path, device="nowhere")
+
 
 def test_weights_that_are_lacking_are_named(tmp_path):
     model = random_model()
@@ -746,34 +1091,36 @@ def test_weights_that_are_lacking_are_named(tmp_path):
     model.save_pretrained(tmp_path, state_dict=weights)
     assert "lacks the weights ['model.layers.1.mlp.up_proj.weight']" in load_error(tmp_path)
 
+
 def test_weights_that_are_cut_short_are_refused(tmp_path):
     random_model().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert "incomplete" in load_error(tmp_path)
 
-def test_a_model_that_is_too_short_is_refused_with_a_flag_to_lower(tmp_path):
-    random_model("gpt2").save_pretrained(tmp_path)
-    load_with(tmp_path)  # 64 tokens, and an answer of 64, fit into 128
-    assert "128 tokens, not 129" in load_error(tmp_path, x=[5] * 65)
-    assert "--max_prompt_length" in load_error(tmp_path, y=[6] * 65)
 
-def test_a_model_that_names_no_length_takes_any(tmp_path):
-    model = random_model("bloom")
-    del model.config.max_position_embeddings
-    model.save_pretrained(tmp_path)
-    load_with(tmp_path, x=[5] * 1000)
+def test_every_id_of_every_row_needs_an_embedding(tmp_path):
+    random_model().save_pretrained(tmp_path)
+    load_with(tmp_path, highest_id=299)
+    assert "fewer embeddings" in load_error(tmp_path, highest_id=300)
 
-def test_an_id_without_an_embedding_is_refused(tmp_path):
-    random_model("bloom", vocab_size=258).save_pretrained(tmp_path)
-    load_with(tmp_path)  # the highest id is EOS, 257
-    assert "fewer embeddings" in load_error(tmp_path, y=[258])
-    random_model("bloom", vocab_size=257).save_pretrained(tmp_path)
-    assert "fewer embeddings" in load_error(tmp_path)
 
-def test_an_encoder_is_refused_since_it_sees_to_the_right(tmp_path):
-    random_model("bert", is_decoder=False).save_pretrained(tmp_path)
-    assert "causal" in load_error(tmp_path)
+def test_the_end_token_of_the_rows_ends_what_the_saved_model_generates(tmp_path):
+    random_model(eos_token_id=[0, 5]).save_pretrained(tmp_path / "model")
+    load_with(tmp_path / "model", end_token=259).save_pretrained(tmp_path)
+    saved = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert saved.eos_token_id == [0, 5, 259]
+
+
+def test_a_generation_config_that_cannot_be_saved_is_refused_if_it_would_be_changed(tmp_path):
+    random_model().save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    odd = json.loads(file.read_text()) | {"eos_token_id": [5, 0], "temperature": 0.5}
+    file.write_text(json.dumps(odd))  # a temperature means nothing without sampling
+    assert "generation config" in load_error(tmp_path, end_token=259)
+    load_with(tmp_path).save_pretrained(tmp_path)
+    assert json.loads(file.read_text()) == odd
+
 
 def test_a_tokenizer_that_cannot_be_found_or_has_no_end_token_is_refused(tmp_path):
     config = kto.Config(model=str(tmp_path))
@@ -783,35 +1130,134 @@ def test_a_tokenizer_that_cannot_be_found_or_has_no_end_token_is_refused(tmp_pat
     with pytest.raises(kto.InputError, match="no EOS token"):
         kto.load_tokenizer(config)
 
+
+def check(model, x=[5] * 64, y=[6] * 60):
+    """As in a run whose longest prompt is x, and whose longest completion is y."""
+    kto.check_model(model, x, y, kto.Config())
+
+
+def test_a_model_that_is_too_short_is_refused_with_a_flag_to_lower():
+    model = random_model("gpt2")
+    check(model)  # 64 tokens, and an answer of 64, fit into 128
+    for x, y in (([5] * 65, [6]), ([5] * 64, [6] * 65)):
+        with pytest.raises(kto.InputError, match="128 tokens, not 129: .*--max_prompt_length"):
+            check(model, x, y)
+
+
+def test_a_model_that_names_no_length_takes_any():
+    model = random_model("bloom")
+    model.config.max_position_embeddings = None
+    check(model, x=[5] * 200)
+    del model.config.max_position_embeddings
+    check(model, x=[5] * 200)
+
+
+def test_an_encoder_is_refused_since_it_sees_to_the_right():
+    with pytest.raises(kto.InputError, match="not causal"):
+        check(random_model("bert", is_decoder=False))
+
+
+def test_weights_that_are_not_finite_are_called_so():
+    with pytest.raises(kto.InputError, match="infinite or NaN"):
+        check(add_noise(random_model(), std=math.nan, seed=0))
+
+
+# ---- The rehearsal -------------------------------------------------------------------------------
+
+
+def rehearse(model, x=[5] * 64, y=[6] * 60, device="cpu", batch_size=4, size=None):
+    """The micro_batch_size that is found for these lengths."""
+    config = kto.Config(device=device, batch_size=batch_size, micro_batch_size=size)
+    return kto.rehearse(model, copy.deepcopy(model), x, y, config)
+
+
+def memory_for(rows):
+    """completion_logps as it is where the memory suffices for so many rows."""
+    scored = kto.completion_logps
+
+    def limited(model, prompts, completions):
+        if len(prompts) > rows:
+            raise torch.OutOfMemoryError
+        return scored(model, prompts, completions)
+
+    return mock.patch("kto.completion_logps", limited)
+
+
+def test_a_micro_batch_is_as_large_as_the_memory_allows_and_never_larger_than_the_batch():
+    model = random_model()
+    assert rehearse(model, batch_size=16) == 8
+    assert rehearse(model, batch_size=16, device="cuda") == 16
+    assert rehearse(model, batch_size=16, size=5) == 5
+    assert rehearse(model, batch_size=3) == rehearse(model, batch_size=3, size=64) == 3
+    with memory_for(rows=2):
+        assert rehearse(model, batch_size=16, device="cuda") == 2  # of 16, 8, 4 and 2
+        assert rehearse(model, batch_size=16, size=6) == 1  # of 6, 3 and 1
+    with memory_for(rows=1):
+        assert rehearse(model) == 1  # of 4, 2 and 1
+
+
+def test_where_one_row_is_too_much_the_lengths_are_to_be_lowered():
+    with memory_for(rows=0), pytest.raises(kto.InputError, match="one row of 124 tokens: lower"):
+        rehearse(random_model())
+
+
+def test_the_rehearsal_is_a_step_of_two_micro_batches_beside_the_memory_of_adamw():
+    model, moments, alive = random_model(), [], []
+    before, empty = copy.deepcopy(model.state_dict()), torch.empty
+
+    def reserve(*shape, **settings):
+        memory = empty(*shape, **settings)
+        if shape == (2, model.num_parameters()):
+            assert not any(earlier() is not None for earlier in moments)
+            moments.append(weakref.ref(memory))
+        return memory
+
+    # The reference, a copy of the model, has this hook too.
+    model.lm_head.register_forward_hook(lambda *_: alive.append(moments[-1]() is not None))
+    with memory_for(rows=2), mock.patch("torch.empty", reserve):
+        assert rehearse(model, batch_size=16) == 2
+    assert alive == [True] * 4 * 2
+    assert moments[-1]() is None
+
+    # It leaves nothing behind.
+    assert set(gradient_of(model)) == {None}
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 # ---- The toy -------------------------------------------------------------------------------------
 
-def test_the_toy_is_taught_the_undesirable_rows_and_every_fourth_row(tmp_path, monkeypatch):
-    config = settings_for(tmp_path, "AbcDEFGhIJKL", holdout=3)
+
+def test_the_toy_is_taught_the_undesirable_rows_and_every_fifth_row():
+    # Of these the undesirable b is taught, and each fifth row, which is A and H.
     tokenizer, taught = byte_tokenizer(), []
+    ids = tokenizer(list("AbDEGHJK")).input_ids
+    columns = {"prompt": ids, "completion": ids, "label": desirable("DUDDDDDD").tolist()}
 
     def record(model, prompts, completions):
         taught.extend(map(tokenizer.decode, prompts))
         return model.lm_head.weight.sum(dim=1)  # to be quick, no log-probs
 
-    # Held out are c, F, I and L. Of the others, A b D E G h J K, the undesirable b and h are taught
-    # and each fourth, which is A and G.
-    monkeypatch.setattr(kto, "completion_logps", record)
-    weights = []
-    for seed in (0, 0, 1):
-        config.seed = seed
-        weights.append(kto.tiny_model(config, tokenizer).lm_head.weight)
-    assert set(taught) == set("bhAG")
+    def toy(seed):
+        with mock.patch("kto.completion_logps", record):
+            rows = datasets.Dataset.from_dict(columns)
+            return kto.tiny_model(kto.Config(seed=seed), tokenizer, rows).lm_head.weight
 
     # The same seed makes the same toy, another one another.
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
+    first = toy(0)
+    assert torch.equal(first, toy(0)) and not torch.equal(first, toy(1))
+    assert set(taught) == set("bAH")
+
 
 # ---- A small run ---------------------------------------------------------------------------------
 
-# Of 21 rows every fifth, 4 in all, is held out. The 17 others make 4 steps of 4 rows an epoch, with
-# one left over, and 20 steps in all. Beta and the lambdas are those of SETTINGS.
-ROWS = [(f"Say {number}", "no" * (number % 4 + 1), number % 2 == 0) for number in range(21)]
-FLAGS = "--epochs 5 --batch_size 4 --holdout 5 --lr 0.01 --beta 0.3 --lambda_d 1.4 --lambda_u 0.7"
+# Of 24 rows a quarter, 6, is held out: a batch of 4 and one of 2. The 18 others make 4 steps of 4
+# rows an epoch, with 2 left over, and 20 steps in all. Beta and the lambdas are those of SETTINGS.
+# Row 10 is the first with the longest prompt, and row 3 the first with the longest completion.
+ROWS = [(f"Say {number}→", "no" * (number % 4 + 1), number % 2 == 0) for number in range(24)]
+FLAGS = "--epochs 5 --batch_size 4 --holdout 0.25 --lr 0.01 --device cpu"
+FLAGS += " --beta 0.3 --lambda_d 1.4 --lambda_u 0.7"
+EPOCH_IN_BFLOAT16 = "--epochs 1 --seed 7 --dtype bfloat16"
+
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
@@ -823,30 +1269,33 @@ def small(tmp_path_factory):
     write_rows(folder / "rows.jsonl", ROWS)
     return folder
 
+
 def command(small, output, more):
     """A command line as it would be typed; of a flag that is there twice, the later counts."""
     files = f"--model {small}/model --data {small}/rows.jsonl --output {output}"
     return f"kto.py {files} {FLAGS} {more}".split()
 
+
 def start(small, output, more=""):
-    """python kto.py in this process, which then gets its Ctrl-C back; returns what is printed."""
-    ctrl_c, printed = signal.getsignal(signal.SIGINT), io.StringIO()
-    argv = mock.patch("sys.argv", command(small, output, more))
+    """python kto.py in this process, which then gets its Ctrl-C back."""
+    ctrl_c = signal.getsignal(signal.SIGINT)
     try:
-        with argv, contextlib.redirect_stdout(printed):
+        with mock.patch("sys.argv", command(small, output, more)):
             kto.main()
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # no longer only heard
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler  # no longer noted
     finally:
         signal.signal(signal.SIGINT, ctrl_c)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return printed.getvalue()
+
 
 @pytest.fixture(scope="session")
 def whole(small, tmp_path_factory):
     """The output of a run that nothing interrupts. What it printed lies beside the folder."""
     folder = tmp_path_factory.mktemp("whole")
-    (folder / "printed.txt").write_text(start(small, folder / "output"))
+    with open(folder / "printed.txt", "w") as printed, contextlib.redirect_stdout(printed):
+        start(small, folder / "output")
     return folder / "output"
+
 
 def stop_in_step(number, sent, small, output):
     """The same run, which is sent a signal in the midst of this step, before the update."""
@@ -855,312 +1304,506 @@ def stop_in_step(number, sent, small, output):
     def clip_and_send(*args, **settings):
         if next(steps) == number:
             signal.raise_signal(sent)
+            for kind in (signal.SIGINT, signal.SIGTERM):
+                assert signal.getsignal(kind) == signal.SIG_DFL  # a second one ends the run at once
         return clip(*args, **settings)
 
     with mock.patch("torch.nn.utils.clip_grad_norm_", clip_and_send):
         with pytest.raises(SystemExit, match=str(128 + sent)):
             start(small, output)
 
+
 @pytest.fixture(scope="session")
 def stopped(small, tmp_path_factory):
-    """The output of the same run, stopped by Ctrl-C in step 7."""
+    """The output of the same run, stopped by Ctrl-C in step 5, the second of its epoch."""
     output = tmp_path_factory.mktemp("stopped")
-    stop_in_step(7, signal.SIGINT, small, output)
+    stop_in_step(5, signal.SIGINT, small, output)
     return output
+
 
 def read_log(output):
     """The lines of the log, without the seconds, which are never the same."""
     log = []
     for line in (output / "metrics.jsonl").read_text().splitlines():
         log.append(json.loads(line))
-        assert log[-1].pop("seconds") > 0
+        assert log[-1].pop("seconds", 1) > 0
     return log
+
 
 def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
 
 def assert_same_result(output, whole):
     """Bit for bit the same files, nothing left of the checkpoint, and in the log the same lines."""
     log = {"metrics.jsonl": read_log(whole)}
     assert contents(output) | {"metrics.jsonl": read_log(output)} == contents(whole) | log
 
+
+def run_file(small, output, more):
+    """python kto.py in this process, as a program of its own."""
+    argv = mock.patch("sys.argv", command(small, output, more))
+    with argv, mock.patch("signal.signal"):
+        runpy.run_path(kto.__file__, run_name="__main__")
+
+
 @pytest.fixture
 def refused(small, capfd):
-    """refused(output, flags) are the lines on stderr of a program that ends with status 2."""
-    def run(output, more):
-        argv = mock.patch("sys.argv", command(small, output, more))
-        with argv, mock.patch("signal.signal"), pytest.raises(SystemExit, match="2"):
-            runpy.run_path(kto.__file__, run_name="__main__")
-        return capfd.readouterr().err.splitlines()
+    """refused(output, flags) is the one line on stderr of a program that ends with status 2."""
+
+    def run(output, more=""):
+        with pytest.raises(SystemExit, match="2"):
+            run_file(small, output, more)
+        run.stdout, stderr = capfd.readouterr()
+        [line] = stderr.splitlines()
+        return line
 
     return run
 
+
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
-def test_a_checkpoint_is_named_after_all_that_decides_the_result(tmp_path):
-    data = tmp_path / "rows.jsonl"
-    data.write_text("some rows")
-    config = kto.Config(data=data, output="here")
-    path = kto.checkpoint_path(config)
-    free = {"output", "device", "micro_batch_size", "save_every", "resume"}
-    for setting in vars(config).keys() - {"data"}:
-        other = dataclasses.replace(config, **{setting: "another"})
-        assert (kto.checkpoint_path(other).name == path.name) == (setting in free)
 
-    # The same place does not make it the same data.
-    data.write_text("other rows")
-    assert kto.checkpoint_path(config) != path
-
-def test_a_run_does_not_go_on_with_other_settings_and_is_left_alone(
-        stopped, whole, refused, tmp_path):
-    before = contents(stopped)
-    assert "--resume needs a checkpoint" in refused(stopped, "--resume --beta 0.2")[-1]
-    assert contents(stopped) == before
-
-    # Neither does a run go on that is complete, or never began.
-    before = contents(whole)
-    refused(whole, "--resume")
-    refused(tmp_path / "new", "--resume")
-    assert contents(whole) == before and not (tmp_path / "new").exists()
-
-class Code:
-    """Loading its pickle makes a folder."""
-    def __reduce__(self):
-        return os.mkdir, ("it ran",)
-
-def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_is_run(
-        stopped, refused, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    output = shutil.copytree(stopped, tmp_path / "output")
-    [path] = output.glob("checkpoint-*.pt")
-    cut_short = path.read_bytes()[:-1000]
-    for content in (b"", b"junk", cut_short, pickle.dumps(Code(), protocol=2)):
-        path.write_bytes(content)
-        before = contents(output)
-        assert "--resume needs a checkpoint" in refused(output, "--resume")[-1]
-        assert contents(output) == before
-    assert not Path("it ran").exists()
-
-def test_a_process_killed_while_it_saves_goes_on_from_the_checkpoint_before(
-        small, whole, tmp_path):
+def test_a_checkpoint_is_kept_each_epoch_and_every_few_steps_and_outlives_a_kill_while_saving(
+    small, whole, tmp_path
+):
     save, saved, left = torch.save, [], tmp_path / "left"
 
     def save_half_the_third(state, path):
         save(state, path)
-        saved.append(path)
+        saved.append((state["step"], len(read_log(path.parent))))
         if len(saved) == 3:
             path.write_bytes(b"half of it")
             shutil.copytree(path.parent, left)  # what is on the disk if the process dies here
 
     with mock.patch("torch.save", save_half_the_third):
-        start(small, tmp_path / "output", "--save_every 3")
+        start(small, tmp_path / "output", "--epochs 2 --save_every 3")
 
-    # It died after 9 steps, with a checkpoint after 6: of the log, 3 lines come again.
-    assert len(read_log(left)) == 9
-    start(small, left, "--resume --save_every 3")
-    assert_same_result(left, whole)
+    # Steps, and lines of the log: the evaluation after step 4 follows its checkpoint.
+    assert saved == [(3, 3), (4, 4), (6, 7), (8, 9)]
+    start(small, left, "--epochs 2 --resume")  # 2 steps and the evaluation come again
+    assert_same_result(left, tmp_path / "output")
+
+
+def test_a_run_does_not_go_on_with_other_settings_or_rows_and_is_left_alone(
+    stopped, refused, tmp_path
+):
+    before = contents(stopped)
+    assert "beta was 0.3, and now it is 0.2" in refused(stopped, "--resume --beta 0.2")
+    assert str(stopped / "checkpoint.pt") in refused.stdout
+
+    other = ROWS[:12] + [("Say 12→", "no", False)] + ROWS[13:]  # another label
+    data = write_rows(tmp_path / "rows.jsonl", other)
+    assert "--resume: rows was" in refused(stopped, f"--resume --data {data}")
+    assert contents(stopped) == before
+
+
+def test_what_decides_the_result_may_not_differ_and_is_named(stopped):
+    path = stopped / "checkpoint.pt"
+    settings = torch.load(path)["settings"]
+    free = {"data", "output", "device", "micro_batch_size", "save_every", "resume"}
+    assert settings.keys() == vars(kto.Config()).keys() - free | {"rows"}
+    for name in settings:
+        with pytest.raises(kto.InputError, match=f"{name} was .*, and now it is None"):
+            kto.load_checkpoint(path, {}, settings | {name: None})
+
+
+def test_resume_without_a_checkpoint_starts_and_of_a_finished_model_is_refused(
+    small, whole, refused, tmp_path
+):
+    (tmp_path / "metrics.jsonl").write_text("of a run that was killed in its first epoch")
+    start(small, tmp_path, "--resume")
+    assert_same_result(tmp_path, whole)
+    assert "in use" in refused(tmp_path, "--resume")
+    assert_same_result(tmp_path, whole)
+
+
+class Code:
+    """Loading its pickle makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("it ran",)
+
+
+def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for content in (b"", b"junk", pickle.dumps(Code(), protocol=2)):
+        Path("checkpoint.pt").write_bytes(content)
+        with pytest.raises(kto.InputError, match="^--resume cannot read checkpoint.pt"):
+            kto.load_checkpoint(Path("checkpoint.pt"), {}, {})
+    assert not Path("it ran").exists()
+
+
+def test_a_full_disk_costs_no_checkpoint(small, whole, refused, tmp_path):
+    save = torch.save
+
+    def save_until_the_disk_is_full(state, path):
+        if state["step"] > 4:
+            path.write_bytes(b"half of it")
+            raise OSError("No space left")
+        save(state, path)
+
+    with mock.patch("torch.save", save_until_the_disk_is_full):
+        assert re.search("cannot be written.*No space", refused(tmp_path))
+    checkpoint = tmp_path / "checkpoint.pt"
+    assert f"The last checkpoint is {checkpoint}" in refused.stdout
+    assert torch.load(checkpoint)["step"] == 4
+
+    # Nor does it cost the trained weights, if it is full when only a part of the result is saved.
+    full = mock.Mock(side_effect=safetensors.SafetensorError("No space left"))
+    with mock.patch("transformers.PreTrainedTokenizerBase.save_pretrained", full):
+        assert re.search("cannot be written.*No space", refused(tmp_path, "--resume"))
+    assert f"The last checkpoint is {checkpoint}" in refused.stdout
+    assert torch.load(checkpoint)["step"] == 20
+    start(small, tmp_path, "--resume")
+    assert_same_result(tmp_path, whole)
+
 
 # ---- The run -------------------------------------------------------------------------------------
 
-def test_the_log_has_each_step_once_and_held_out_figures_at_the_end_of_each_epoch(whole):
+
+def test_the_log_has_each_step_once_and_held_out_metrics_at_the_end_of_each_epoch(whole):
     log = read_log(whole)
-    figures = log[0].keys() - {"step", "grad_norm", "lr"}
-    assert log[3].keys() - log[0].keys() == {f"eval_{name}" for name in figures}
-    assert [entry["step"] for entry in log] == list(range(20))
-    assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 7, 11, 15, 19]
+    evaluations, steps = log[4::5], [entry for entry in log if "lr" in entry]
+    assert [entry["step"] for entry in steps] == list(range(20))
+    assert [entry["step"] for entry in evaluations] == [4, 8, 12, 16, 20]
+    metrics = steps[0].keys() - {"step", "grad_norm", "lr"}
+    assert evaluations[0].keys() == {"step"} | {f"eval_{name}" for name in metrics}
+
 
 def test_the_learning_rate_warms_up_not_from_0_and_falls_to_a_tenth_along_a_cosine(whole):
     # Of 20 steps a tenth, 2, is warm-up: 1/2, 2/2. The other 18 go from 1 down to 0.1: after 6,
     # where the cosine of 60 degrees is 0.5, there is left 0.1 + 0.9 * (1 + 0.5) / 2 = 0.775.
-    lr = [entry["lr"] / 0.01 for entry in read_log(whole)]
+    lr = [entry["lr"] / 0.01 for entry in read_log(whole) if "lr" in entry]
     assert [lr[0], lr[1], lr[7], lr[19]] == pytest.approx([0.5, 1.0, 0.775, 0.1])
+
 
 def load(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
-def test_the_saved_model_has_the_figures_of_all_held_out_rows_together(small, whole):
-    # They are one batch of four, so that each meets the completion of the next.
-    config = kto.Config(data=small / "rows.jsonl", holdout=5, batch_size=4)
-    held_out = kto.survey(config, byte_tokenizer())[0]
-    with torch.no_grad():
-        figures = kto.kto_step(load(whole), load(small / "model"), held_out, **SETTINGS)
-    last = read_log(whole)[-1]
-    for name, value in figures.items():
-        assert last[f"eval_{name}"] == pytest.approx(value, rel=1e-4)
 
 @pytest.fixture(scope="session")
 def watched(small, tmp_path_factory):
-    """(output, arguments, settings) of a run, the last two as its training loop gets them."""
+    """A run of an epoch: its output, its bar, and what rehearse, run and train are given."""
     output = tmp_path_factory.mktemp("watched")
-    with mock.patch("kto.train", wraps=kto.train) as train:
-        start(small, output, "--epochs 1 --micro_batch_size 2 --seed 2 --dtype bfloat16")
-    return output, *train.call_args
+    spies = {name: mock.Mock(wraps=getattr(kto, name)) for name in ("rehearse", "run", "train")}
+    with mock.patch.multiple(kto, **spies, tqdm=mock.DEFAULT) as patched:
+        start(small, output, EPOCH_IN_BFLOAT16 + " --micro_batch_size 2")
+    return types.SimpleNamespace(output=output, bar=patched["tqdm"].return_value, **spies)
+
+
+def test_the_rehearsal_has_the_longest_prompt_with_the_longest_completion(watched):
+    tokenizer = byte_tokenizer()
+    texts = [tokenizer.decode(ids) for ids in watched.rehearse.call_args.args[2:4]]
+    assert texts == ["Say 10→", "nononono</s>"]
+
+
+def test_a_run_that_finds_its_micro_batch_ends_as_if_it_had_been_given(
+    small, watched, tmp_path, capsys
+):
+    with memory_for(rows=2):
+        start(small, tmp_path, EPOCH_IN_BFLOAT16)
+    assert_same_result(tmp_path, watched.output)
+    assert "2 rows fit" in capsys.readouterr().out
+
 
 def test_adamw_trains_the_policy_alone_with_the_settings_that_were_given(watched):
-    _, (policy, _, _, optimizer, *_), settings = watched
+    (policy, _, _, optimizer, _), settings = watched.train.call_args
     assert settings == {**SETTINGS, "micro_batch_size": 2}
     [group] = optimizer.param_groups
     assert type(optimizer) is torch.optim.AdamW and group["weight_decay"] == 0.0
     assert list(map(id, group["params"])) == list(map(id, policy.parameters()))
 
+
 def test_at_first_policy_and_reference_are_equal_in_spite_of_dropout_then_no_more(watched):
-    # A loss is lambda / 2. As no r is above z0, the accuracy is the share of undesirable rows: one
-    # of four, in the order that seed 2 gives.
-    first, second = read_log(watched[0])[:2]
+    # A loss is lambda / 2. As no r is above z0, the accuracy is the share of undesirable rows:
+    # three of four, in the order that seed 7 gives.
+    first, second = read_log(watched.output)[:2]
     assert first["margin"] == first["kl"] == first["z0"] == 0 != second["kl"]
-    assert first["accuracy"] == 1 / 4
-    assert first["loss"] == pytest.approx((3 * 1.4 + 0.7) / 4 / 2)
+    assert first["accuracy"] == 3 / 4
+    assert first["loss"] == pytest.approx((1.4 + 3 * 0.7) / 4 / 2)
+
 
 def test_policy_and_reference_end_as_what_is_saved_and_as_what_was_loaded(small, watched):
     # bfloat16 is for the forward passes of each of the two; its weights stay float32.
-    output, (policy, reference, *_), _ = watched
-    for model, folder in ((policy, output), (reference, small / "model")):
+    policy, reference, *_ = watched.run.call_args.args
+    for model, folder in ((policy, watched.output), (reference, small / "model")):
         assert model.dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
             expected = kto.completion_logps(load(folder), PROMPTS, COMPLETIONS)
         assert torch.equal(kto.completion_logps(model, PROMPTS, COMPLETIONS), expected)
 
-def test_fewer_than_two_held_out_rows_are_not_evaluated(small, tmp_path):
-    start(small, tmp_path, "--epochs 1 --holdout 20")
+
+def test_the_logged_metrics_are_those_of_all_held_out_rows_together(watched):
+    # There is a batch of four, so that each meets the completion of the next, and one of two.
+    policy, reference, training, held_out, *_ = watched.run.call_args.args
+    with torch.no_grad():
+        four = kto.kto_step(policy, reference, held_out[:4], 2, **SETTINGS)
+        two = kto.kto_step(policy, reference, held_out[4:], 2, **SETTINGS)
+    last = read_log(watched.output)[-1]
+    for name, value in kto.metrics_of(*map(torch.cat, zip(four, two))).items():
+        assert last[f"eval_{name}"] == value
+
+    # A last batch of one row is left out. No gradient is left for the next step.
+    five = kto.evaluate(policy, reference, held_out.take(5), 4)
+    assert five == kto.evaluate(policy, reference, held_out.take(4), 4)
+    assert set(gradient_of(policy)) == {None}
+
+    # No row is both trained on and held out.
+    prompts = [*map(tuple, training["prompt"]), *map(tuple, held_out["prompt"])]
+    assert len(prompts) == len(set(prompts)) == 18 + 6
+
+
+def test_a_single_held_out_row_is_not_evaluated(small, tmp_path):
+    start(small, tmp_path, "--epochs 1 --holdout 0.01")
     assert "eval_loss" not in read_log(tmp_path)[-1]
 
+
 def test_a_run_stopped_by_the_keyboard_goes_on_to_the_same_bits(small, stopped, whole, tmp_path):
-    # Step 7 was finished, with the evaluation after it.
-    assert read_log(stopped) == read_log(whole)[:8]
+    # Step 5 was finished; between the six lines of the steps is that of an evaluation.
+    assert read_log(stopped) == read_log(whole)[:7]
 
     # Places may change. If the policy of the checkpoint became the reference, the rewards would
     # start at 0 again.
-    shutil.copytree(stopped, tmp_path / "moved")
+    moved = shutil.copytree(stopped, tmp_path / "moved")
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
-    start(small, tmp_path / "moved", f"--resume --data {data} --save_every 4")
-    assert_same_result(tmp_path / "moved", whole)
+    start(small, moved, f"--resume --data {data} --save_every 4 --micro_batch_size 4")
+    assert_same_result(moved, whole)
 
-def test_sigterm_in_the_last_step_loses_nothing_either(small, whole, tmp_path):
-    stop_in_step(19, signal.SIGTERM, small, tmp_path)
-    start(small, tmp_path, "--resume --micro_batch_size 2")
+    # No step was done twice: the log begins with the same seconds.
+    lines = (stopped / "metrics.jsonl").read_text()
+    assert (moved / "metrics.jsonl").read_text().startswith(lines)
+
+
+def test_sigterm_in_the_last_step_of_an_epoch_saves_at_once(small, whole, tmp_path, capfd):
+    stop_in_step(7, signal.SIGTERM, small, tmp_path)
+    printed = capfd.readouterr()
+    assert "saves after this step" in printed.err and "The last checkpoint is" in printed.out
+    assert read_log(tmp_path) == read_log(whole)[:9]  # 8 steps and the evaluation of one epoch
+    start(small, tmp_path, "--resume")
     assert_same_result(tmp_path, whole)
 
+
+def test_the_bar_shows_loss_z0_and_margin(watched):
+    entry = read_log(watched.output)[3]
+    text = watched.bar.set_postfix_str.call_args.args[0]
+    assert text.startswith(f"loss {entry['loss']:.3f}, z0 {entry['z0']:.2f}, margin ")
+
+
+@pytest.mark.parametrize("name", ["render", "encode", "completion_logps", "chart", "evaluate"])
+def test_a_bug_in_this_file_keeps_its_traceback(small, tmp_path, capsys, name):
+    def bug(*args, **settings):
+        raise KeyError("z9")
+
+    with mock.patch(f"kto.{name}", bug), pytest.raises(KeyError, match="z9"):
+        start(small, tmp_path)
+    saved = "The last checkpoint is" in capsys.readouterr().out
+    assert saved == (name == "evaluate")  # which comes after the checkpoint of the first epoch
+
+
+def test_a_bug_is_not_one_line_in_the_program_either(small, tmp_path):
+    bug = mock.patch("torch.nn.utils.clip_grad_norm_", side_effect=KeyError("z9"))
+    with bug, pytest.raises(KeyError, match="z9"):
+        run_file(small, tmp_path, "")
+
+
 # ---- The chart -----------------------------------------------------------------------------------
+
 
 def chart(z0, undesirable, desirable):
     """The line of step 7. Of its 71 columns 35 is 0; with this beta a column is 0.2 nats."""
     entry = {"step": 7, "z0": z0, "reward_undesirable": undesirable, "reward_desirable": desirable}
     return kto.chart(entry, beta=0.5)
 
+
 def test_the_chart_puts_each_mark_in_its_place():
     # U is at 35 - 2.0 / 0.2 = 25, z at 35, and D at 35 + 3.12 / 0.2 = 50.6, rounded 51.
     line = chart(z0=0.0, undesirable=-2.0, desirable=3.12)
     assert line == f"     7 {'.' * 25}U{'.' * 9}z{'.' * 15}D{'.' * 19}"
 
+
 def test_what_is_too_far_for_the_chart_is_at_its_edge_and_what_is_absent_nowhere():
     assert chart(z0=7.2, undesirable=-7.2, desirable=None) == f"     7 U{'.' * 69}z"
 
+
 # ---- The command ---------------------------------------------------------------------------------
 
-def test_a_run_shows_chart_figures_and_three_answers_before_and_after(small, whole):
+
+def test_a_run_shows_size_chart_metrics_and_three_answers_before_and_after(small, whole):
     printed = (whole.parent / "printed.txt").read_text()
     log, tokenizer = read_log(whole), transformers.AutoTokenizer.from_pretrained(whole)
+    assert "4 rows fit" in printed
+    assert f"held out: loss {log[-1]['eval_loss']:.3f}" in printed
 
     # 20 steps in at most 16 lines: every second one.
-    lines = [kto.chart(entry, beta=0.3) for entry in log[::2]]
+    steps = [entry for entry in log if "loss" in entry]
+    lines = [kto.chart(entry, beta=0.3) for entry in steps[::2]]
     assert re.findall(r" +\d+ [.zUD]{71}", printed) == lines
-    above = [entry for entry in log if entry["z0"] > 0]
-    assert f"In {len(above)} of 20 steps" in printed
 
-    # The answers to the first three held-out prompts, of which this is the third.
-    assert printed.count("  before ") == 3
-    answers = printed.partition("\nSay 14\n")[2]
-    ids = tokenizer("Say 14", return_tensors="pt").input_ids
-    for name, folder in (("before", small / "model"), ("after ", whole)):
-        prompt_and_answer = load(folder).generate(ids, max_new_tokens=64, do_sample=False)[0]
-        answer = tokenizer.decode(prompt_and_answer[6:], skip_special_tokens=True).strip()
-        assert f"  {name} {answer}\n" in answers
+    # The answers to three held-out prompts, of which we take one.
+    answers = re.findall(r"\n(Say .*)\n  before (.*)\n  after  (.*)", printed)
+    assert len(answers) == 3
+    prompt, *pair = answers[1]
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    for answer, folder in zip(pair, (small / "model", whole)):
+        text = tokenizer.decode(load(folder).generate(ids, max_new_tokens=64, do_sample=False)[0])
+        assert text.startswith(prompt + answer)
+
 
 def test_an_output_that_is_in_use_is_refused(whole, stopped, refused):
     for output in (whole, stopped):
         before = contents(output)
-        assert "is in use" in refused(output, "--model tiny")[-1]
+        assert "is in use" in refused(output, "--model tiny")
         assert contents(output) == before
+
 
 def test_the_toy_may_be_run_again_and_again_in_its_own_folder(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with mock.patch("kto.tiny_model", return_value=random_model(vocab_size=999)):
         start(small, "kto-tiny", "--model tiny --epochs 2 --holdout 0")
         start(small, "kto-tiny", "--model tiny --epochs 1 --holdout 0")
-    assert len(read_log(Path("kto-tiny"))) == 5
+    assert len(read_log(Path("kto-tiny"))) == 6
     with pytest.raises(kto.InputError, match="in use"):
         start(small, "kto-tiny")  # another model
 
-def test_what_cannot_be_used_is_one_line_and_status_2(refused, tmp_path):
+
+def test_what_cannot_be_used_is_one_line_and_status_2(refused, tmp_path, monkeypatch):
     data, output = tmp_path / "rows.jsonl", tmp_path / "output"
     data.write_bytes(b"\xe9")
-    [line] = refused(output, f"--model tiny --data {data}")
-    assert line.startswith(f"{data}:1: ")
-    [line] = refused(output, f"--data {tmp_path}/none")
-    assert "No such file" in line
+    assert refused(output, f"--model tiny --data {data}").startswith(f"{data}:1: ")
+    assert "no such file" in refused(output, f"--data {tmp_path}/none")
+    assert "--device nowhere" in refused(output, "--device nowhere")
+    assert "fill no --batch_size" in refused(output, "--batch_size 19")
     assert not output.exists()
-    assert "norm is nan; lower the lr" in refused(output, "--lr 1e30 --save_every 1")[-1]
-    assert list(output.glob("checkpoint-*.pt"))  # of the step before
+    assert "norm is nan; lower the lr" in refused(output, "--lr 1e30 --save_every 1")
+    assert f"The last checkpoint is {output}" in refused.stdout  # of the step before
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in refused(output, "--resume")
+
+
+def test_a_console_that_lacks_a_character_does_not_end_a_run(small, tmp_path, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    run_file(small, tmp_path, "--epochs 1")
+    console.flush()
+    assert re.search(rb"prompt +'Say \d+\?'", console.buffer.getvalue())
+
 
 # ---- It learns what the paper says it learns: the task -------------------------------------------
-# 64 questions of one token; an answer is one of 16 tokens, then END. A table says what is right.
-# The reference was taught right and random answers, half and half. What it answers is labelled,
-# right = desirable, and the policy is told nothing else. Success is counted: the share of right
-# answers among 1,024 that are sampled at temperature 1. The comments give it for seeds 0 to 5.
+# A prompt is two tokens, a topic and a detail. The right answer is one of 16 tokens and depends on
+# the topic alone. The reference answers half of the topics right and has learned a mistake in each
+# of the others. It answers 2,048 of the 64 x 64 prompts, each once; the answers are labelled,
+# right = desirable, and the policy is told nothing else. Success is counted on 1,024 other prompts,
+# on which neither the reference nor the policy was trained.
 
 SEED = 0
-END = 16
-QUESTIONS = range(17, 81)
-RIGHT = dict(zip(QUESTIONS, random.Random(5).choices(range(16), k=64)))
+TOPICS = range(16, 80)
+DETAILS = range(80, 144)
+PHRASE = [144, 145, 146, 147]  # tokens that the reference never writes
+VOCABULARY = 148
+RIGHT = dict(zip(TOPICS, random.Random(5).choices(range(16), k=64)))
+
+
+def beliefs():
+    """The chances of each answer in each topic, as the reference is taught them: (V, V)."""
+    chances = torch.zeros(VOCABULARY, VOCABULARY)
+    for topic, right in RIGHT.items():
+        if topic % 2 == 0:
+            chances[topic, :16] = 0.45 / 15
+            chances[topic, right] = 0.55
+        else:
+            mistake = (right + 1) % 16
+            chances[topic, :16] = 0.3 / 14
+            chances[topic, right] = 0.15
+            chances[topic, mistake] = 0.55
+    return chances
+
+
+def shuffled(items, dice):
+    return dice.sample(items, len(items))
+
+
+def prompts_of(seed):
+    """All prompts, shuffled. Feedback is on the first of them, success is counted on the last."""
+    prompts = list(itertools.product(TOPICS, DETAILS))
+    return shuffled(prompts, random.Random(seed))
+
+
+def answer_logits(model, prompts):
+    return model(tensor(prompts)).logits[:, -1]  # (B, V)
+
+
+def right_answers(prompts):
+    return tensor([RIGHT[topic] for topic, detail in prompts])  # (B,)
+
 
 @functools.cache
-def half_right(seed):
-    """The reference: it answers about half of the questions right."""
+def mistaken(seed):
+    """The reference: right in half of the topics, sure of a wrong answer in the other half."""
     torch.manual_seed(seed)
-    dice = random.Random(seed)
     config = transformers.LlamaConfig(
-        vocab_size=81, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=4, bos_token_id=None, eos_token_id=END)
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     model = transformers.LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters())
+    dice = random.Random(seed)
+    prompts = prompts_of(seed)[:-1024]
+    chances = beliefs()
 
     for step in range(100):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 100)
-        rows = []
-        for question in dice.choices(QUESTIONS, k=64):
-            answer = RIGHT[question] if dice.random() < 0.5 else dice.randrange(16)
-            rows.append({"prompt": [question], "completion": [answer, END]})
-        loss = -logps(model, rows).mean()
+        batch = dice.sample(prompts, 256)
+        topics = [topic for topic, detail in batch]
+        logits = answer_logits(model, batch)
+        loss = torch.nn.functional.cross_entropy(logits, chances[topics])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval().requires_grad_(False)
 
-def sampled(model, per_question, length, seed):
-    """Answers of `length` tokens to each question: a list of (question, answer)."""
+
+@torch.no_grad()
+def success(model, seed):
+    """(sampled, greedy): the share of right answers to the 1,024 other prompts.
+
+    The first is the share to expect at temperature 1, which is the mean chance of a right answer.
+    The second is the share of prompts of which the likeliest answer is right.
+    """
+    prompts = prompts_of(seed)[-1024:]
+    right = right_answers(prompts)
+    chances = answer_logits(model, prompts).softmax(dim=1)  # (1024, V)
+    sampled = chances[range(1024), right].mean()
+    greedy = (chances.argmax(dim=1) == right).float().mean()
+    return sampled.item(), greedy.item()
+
+
+def feedback(seed, wrong=0.0, asked=2048, answers=1, phrase=(), compared=False):
+    """Rows: the reference's answers, with `phrase` after each, a share of the labels wrong.
+
+    If the answers to a prompt are compared, a wrong verdict turns the labels of all of them round.
+    Otherwise each answer is labelled, and mislabelled, on its own.
+    """
+    prompts = prompts_of(seed)[:asked]
     torch.manual_seed(seed)
-    x = tensor([[question] for question in QUESTIONS] * per_question)
-    texts = model.generate(x, attention_mask=torch.ones_like(x), do_sample=True, top_k=0,
-                           max_new_tokens=length, pad_token_id=END)
-    return [(question, answer) for question, *answer in texts.tolist()]
+    chances = answer_logits(mistaken(seed), prompts).softmax(dim=1)
+    sampled = torch.multinomial(chances, answers, replacement=True)  # (asked, answers)
+    is_right = sampled == right_answers(prompts)[:, None]  # (asked, answers)
+    is_turned = torch.rand(asked, 1 if compared else answers) < wrong
+    labels = is_right ^ is_turned  # (asked, answers)
 
-def success(model, seed, length=2):
-    """The share of 1,024 sampled answers that are right and, if length is 2, then end."""
-    right = []
-    for question, answer in sampled(model, 16, length, seed):
-        right.append(answer == [RIGHT[question], END][:length])
-    return sum(right) / len(right)
-
-def feedback(seed, wrong=0.0, phrase=()):
-    """2,048 rows: the reference's answers, `phrase` after each, a share of the labels wrong."""
-    dice = random.Random(seed)
     rows = []
-    for question, [answer] in sampled(half_right(seed), 32, 1, seed):
-        label = answer == RIGHT[question]
-        if dice.random() < wrong:
-            label = not label
-        rows.append({"prompt": [question], "completion": [answer, *phrase, END], "label": label})
+    for i, j in itertools.product(range(asked), range(answers)):
+        completion = [sampled[i, j].item(), *phrase]
+        label = labels[i, j].item()
+        rows.append({"prompt": prompts[i], "completion": completion, "label": label})
     return rows
+
 
 def by_label(rows):
     """(the desirable rows, the undesirable ones)"""
@@ -1168,70 +1811,75 @@ def by_label(rows):
     bad = [row for row in rows if not row["label"]]
     return good, bad
 
+
+def weight_of_eq_9(rows):
+    """The lambda_d with which both classes weigh the same: Eq. 9 asks for 1 to 3/2 times this."""
+    good, bad = by_label(rows)
+    return len(bad) / len(good)
+
+
 # What a method passes over, in a new order each time: all rows, or what it makes of them.
 
-def shuffled(rows, dice):
-    return dice.sample(rows, len(rows))
 
 def desirable_only(rows, dice):
-    good, _ = by_label(rows)
+    good, bad = by_label(rows)
     return shuffled(good, dice)
 
+
 def paired(rows, dice):
-    """For DPO: a desirable row, an undesirable one of the same question, and so on in turn.
-
-    No row is lost, since the rarer of a question's two classes is repeated; each pass pairs anew,
-    and takes as many pairs as make up len(rows) rows.
-    """
+    """For DPO: chosen and rejected in turn. Two answers with the same label make no pair."""
     pairs = []
-    order = shuffled(rows, dice)
-    for question in QUESTIONS:
-        asked = [row for row in order if row["prompt"] == [question]]
-        good, bad = by_label(asked)
-        turns = zip(itertools.cycle(good), itertools.cycle(bad))  # none if there is no good or bad
-        pairs += itertools.islice(turns, max(len(good), len(bad)))
-    return sum(dice.sample(pairs, len(rows) // 2), ())
+    for first, second in zip(rows[0::2], rows[1::2]):
+        good, bad = by_label([first, second])
+        if good and bad:
+            pairs.append(good + bad)
+    return sum(shuffled(pairs, dice), [])
 
-def judged(rows, dice):
-    """Pairs as judges of pairs give them: each fifth is turned round, the same in each pass."""
-    rows = paired(rows, random.Random(SEED))
-    pairs = list(zip(rows[0::2], rows[1::2]))
-    pairs[::5] = zip(rows[1::10], rows[0::10])
-    return sum(shuffled(pairs, dice), ())
 
 # ---- The other losses ----------------------------------------------------------------------------
+
 
 def dpo_loss(policy_logps, reference_logps, beta):
     """The DPO loss of each pair (Rafailov et al. 2023, Eq. 7); chosen and rejected take turns."""
     r = policy_logps - reference_logps  # (B,)
     return -torch.nn.functional.logsigmoid(beta * (r[0::2] - r[1::2]))  # (B / 2,)
 
+
 def sft_loss(policy_logps, completions):
     """The SFT loss of a batch: minus the log-prob of a completion token, mean over all of them."""
     tokens = sum(len(y) for y in completions)
     return -policy_logps.sum() / tokens
 
-def logistic_loss(policy_logps, reference_logps, z0, desirable, beta):
+
+def logistic_loss(policy_logps, reference_logps, z0, desirable, beta, lambda_d=1.0):
     """kto_loss with -log sigmoid for 1 - sigmoid: it is steepest where a row is farthest off."""
     r = policy_logps - reference_logps  # (B,)
     gain = torch.where(desirable, r - z0, z0 - r)
-    return -torch.nn.functional.logsigmoid(beta * gain)
+    weight = torch.where(desirable, lambda_d, 1.0)
+    return -weight * torch.nn.functional.logsigmoid(beta * gain)
+
 
 def no_reference_point(policy_logps, reference_logps):
     return tensor(0.0)
 
+
 def test_the_other_losses_worked_by_hand():
     # beta = 1/2. DPO: r is 2 ln 3 + 1 and 1, -log sigmoid(ln 3) = ln 4/3. With the pair turned
-    # round it is -log sigmoid(-ln 3) = ln 4. With z0 = 1 the logistic loss has the same values.
+    # round it is -log sigmoid(-ln 3) = ln 4. With z0 = 1 the logistic loss has the same values,
+    # times lambda_d if the row is desirable.
     high, values = 2 * math.log(3) + 1, tensor([math.log(4 / 3), math.log(4)])
     r = tensor([high, 1.0, 1.0, high])
     assert_close(dpo_loss(r - 20, tensor(-20.0), beta=0.5), values)
-    assert_close(logistic_loss(r[0], 0.0, 1.0, desirable("DU"), beta=0.5), values)
+    good, bad = tensor([True, False]), torch.zeros(2)
+    losses = logistic_loss(r[0], bad, 1.0, good, beta=0.5, lambda_d=3.0)
+    assert_close(losses, values * tensor([3.0, 1.0]))
 
     # SFT: 6 nats over three tokens and 1 nat over one are 7/4 a token. (Mean of rows: 3/2.)
     assert sft_loss(tensor([-6.0, -1.0]), [[5, 6, 0], [0]]).item() == 1.75
 
+
 # ---- Training, the same for each method ----------------------------------------------------------
+
 
 def logps(model, rows):
     """log pi(y|x) of each row: (B,)."""
@@ -1239,167 +1887,251 @@ def logps(model, rows):
     y = [row["completion"] for row in rows]
     return kto.completion_logps(model, x, y)
 
-def kto_batch(policy, reference, rows, beta, loss=kto.kto_loss, point=kto.reference_point,
-              **weights):
+
+def kto_batch(
+    policy, reference, rows, beta, loss=kto.kto_loss, point=kto.reference_point, lambda_d=1.0
+):
     """The mean KTO loss of a batch, or that of a variant with another loss or reference point."""
     x = [row["prompt"] for row in rows]
     y = [row["completion"] for row in rows]
     y_next = y[1:] + y[:1]
-    policy_logps, policy_kl = kto.completion_logps(policy, x + x, y + y_next).chunk(2)
-    reference_logps, reference_kl = kto.completion_logps(reference, x + x, y + y_next).chunk(2)
-    z0 = point(policy_kl, reference_kl)
+    policy_logps, policy_next = kto.completion_logps(policy, x + x, y + y_next).chunk(2)
+    reference_logps, reference_next = kto.completion_logps(reference, x + x, y + y_next).chunk(2)
+    z0 = point(policy_next, reference_next)
     desirable = tensor([row["label"] for row in rows])
-    return loss(policy_logps, reference_logps, z0, desirable, beta, **weights).mean()
+    losses = loss(policy_logps, reference_logps, z0, desirable, beta, lambda_d=lambda_d)
+    return losses.mean()
+
 
 def dpo_batch(policy, reference, rows, beta):
     """The mean DPO loss of a batch in which chosen and rejected rows take turns."""
     return dpo_loss(logps(policy, rows), logps(reference, rows), beta).mean()
 
+
 def sft_batch(policy, reference, rows, beta):
     """The SFT loss of a batch, which knows neither reference nor beta."""
     return sft_loss(logps(policy, rows), [row["completion"] for row in rows])
 
-def train(rows, seed, batch_loss, items, beta, learning_rate, passes, **settings):
-    """The trained policy. The reference, its copy, never gets a gradient."""
-    reference = half_right(seed)
+
+def train(rows, seed, batch_loss, order, beta, learning_rate, passes, **settings):
+    """The trained policy. The reference, of which it is a copy, never gets a gradient."""
+    reference = mistaken(seed)
     policy = copy.deepcopy(reference).requires_grad_(True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
     dice = random.Random(seed)
 
     for _ in range(passes):
-        order = items(rows, dice)
-        for start in range(0, len(order) - 1, 32):  # a last batch of one row is left out
-            batch = order[start : start + 32]
+        ordered = order(rows, dice)
+        for start in range(0, len(ordered) - 1, 32):  # a last batch of one row is left out
+            batch = ordered[start : start + 32]
             loss = batch_loss(policy, reference, batch, beta, **settings)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     return policy
 
+
 # Each method at its own best setting for each share of wrong labels: beta, learning rate, passes.
-# Tuned on seeds from 100 on, which the table does not use. With a fifth wrong: four seeds, the same
-# grid for each method, learning rate 5e-4, 1e-3, 2e-3, passes 1, 2, 4, beta 0.1, 0.3, 1, and wider
-# where the best lay at an edge. For the other shares: three seeds, the best three to six of these.
+# Before it stands how many settings were tried for each share, or more: on seeds 100 and 101, which
+# the table does not use, by the sum of sampled and greedy success. With wrong labels, the best of
+# these were tried again on the seeds 100 to 103, which decided. Beta was 0.3 to 10 for KTO, 0.03 to
+# 1 for logistic KTO, and 0.01 to 3 for DPO, which no longer changes below 0.03. The learning rate
+# was 5e-4 to 4e-3, with wrong labels also lower, and for SFT 1.25e-4 to 1.6e-2. Passes were 1 to 8,
+# for DPO 2 to 16 or 32, and for SFT 1 to 16. "DPO" has a judge who compares two answers: of its
+# verdicts a share is wrong. "DPO, two labels" makes its pairs of labels that KTO could use: each
+# label is wrong as often, but this seldom turns a pair round.
+logistic_batch = functools.partial(kto_batch, loss=logistic_loss)
 METHODS = {
-    "KTO": (kto_batch, shuffled,
-            {0.0: (1.0, 2e-3, 4), 0.2: (1.0, 1e-3, 4), 0.3: (1.0, 1e-3, 2)}),
-    "logistic KTO": (functools.partial(kto_batch, loss=logistic_loss), shuffled,
-                     {0.0: (0.3, 2e-3, 4), 0.2: (0.1, 1e-3, 4), 0.3: (0.1, 1e-3, 4)}),
-    "DPO": (dpo_batch, paired,
-            {0.0: (0.3, 2e-3, 4), 0.2: (0.3, 2e-3, 2), 0.3: (0.3, 5e-4, 4)}),
-    "SFT": (sft_batch, desirable_only,
-            {0.0: (None, 2e-3, 8), 0.2: (None, 2e-3, 1), 0.3: (None, 2e-3, 2)}),
+    "KTO": (
+        kto_batch,
+        shuffled,
+        64,
+        {0.0: (0.3, 4e-3, 8), 0.2: (1.0, 1e-3, 4), 0.3: (1.0, 5e-4, 4)},
+    ),
+    "logistic KTO": (
+        logistic_batch,
+        shuffled,
+        64,
+        {0.0: (1.0, 5e-4, 8), 0.2: (0.3, 5e-4, 4), 0.3: (0.3, 2.5e-4, 8)},
+    ),
+    "DPO": (
+        dpo_batch,
+        paired,
+        80,
+        {0.0: (0.1, 4e-3, 8), 0.2: (0.03, 5e-4, 8), 0.3: (0.03, 2.5e-4, 8)},
+    ),
+    "DPO, two labels": (
+        dpo_batch,
+        paired,
+        80,
+        {0.0: (0.1, 4e-3, 8), 0.2: (0.1, 5e-4, 8), 0.3: (0.03, 5e-4, 4)},
+    ),
+    "SFT": (
+        sft_batch,
+        desirable_only,
+        64,
+        {0.0: (None, 8e-3, 8), 0.2: (None, 2e-3, 4), 0.3: (None, 2e-3, 4)},
+    ),
 }
 
+
 @functools.cache
-def learned(name, wrong, seed, passes=None):
-    """The success of a method with a share of the labels wrong, with its own number of passes."""
-    batch_loss, items, best = METHODS[name]
-    beta, learning_rate, best_passes = best[wrong]
-    rows = feedback(seed, wrong)
-    policy = train(rows, seed, batch_loss, items, beta, learning_rate, passes or best_passes)
+def learned(name, wrong, seed, asked=2048, answers=1):
+    """(sampled, greedy) of a method. DPO gets as many answers, two to each of 1,024 prompts."""
+    batch_loss, order, grid, best = METHODS[name]
+    beta, learning_rate, passes = best[wrong]
+    if order is paired:
+        asked, answers = 1024, 2
+    rows = feedback(seed, wrong, asked, answers, compared=name == "DPO")
+    weights = {}
+    if order is shuffled:
+        weights["lambda_d"] = weight_of_eq_9(rows)
+    policy = train(rows, seed, batch_loss, order, beta, learning_rate, passes, **weights)
     return success(policy, seed)
 
-def unequal(seed, lambda_d):
-    """The success where one row is desirable for nine that are not."""
+
+def unequal(seed, weigh):
+    """(sampled, greedy) of KTO where one row is desirable for nine that are not.
+
+    A larger beta saturates sooner, so that less depends on the weight: at beta 1, 0.80 to 0.90
+    of the sampled answers are right without it and 0.98 with it.
+    """
     good, bad = by_label(feedback(seed))
-    rows = good[: len(bad) // 9] + bad  # about 115 + 1,030: some questions have no desirable row
-    policy = train(rows, seed, kto_batch, shuffled, 0.5, 2e-3, 2, lambda_d=lambda_d)
+    rows = good[: len(bad) // 9] + bad  # about 150 + 1,330
+    policy = train(rows, seed, kto_batch, shuffled, 0.5, 2e-3, 2, lambda_d=weigh(rows))
     return success(policy, seed)
+
+
+def no_weight(rows):
+    return 1.0
+
 
 def likelier(seed, point):
-    """Where all completions grow likelier: (success, margin in r at the end).
+    """Where all completions grow likelier: (sampled, greedy, margin in r at the end).
 
-    Another hand added four tokens to every answer, which the reference never writes there, and
-    three rows of four are desirable: so the phrase is learned first, and all r grow, good or bad.
+    Another hand added four tokens to every answer, which the reference never writes there, and five
+    rows of six are desirable: so the phrase is learned first, and all r grow, good or bad.
     """
-    good, bad = by_label(feedback(seed, phrase=(20, 30, 40, 50)))
-    bad = bad[: len(good) // 3]
-    policy = train(good + bad, seed, kto_batch, shuffled, 0.5, 2e-3, 2, point=point)
+    good, bad = by_label(feedback(seed, phrase=PHRASE))
+    bad = bad[: len(good) // 5]
+    policy = train(good + bad, seed, kto_batch, shuffled, 0.3, 1e-3, 4, point=point)
 
-    reference = half_right(seed)
+    reference = mistaken(seed)
     r_good = (logps(policy, good) - logps(reference, good)).mean()
     r_bad = (logps(policy, bad) - logps(reference, bad)).mean()
-    return success(policy, seed, length=1), (r_good - r_bad).item()
+    return *success(policy, seed), (r_good - r_bad).item()
+
 
 # ---- What it learns ------------------------------------------------------------------------------
+# The comments give the figures of the seeds 0 to 4.
 
-def test_labels_alone_teach_what_is_right_as_well_as_pairs_do():
-    after = learned("KTO", 0.0, SEED, passes=1)
-    assert 0.4 < success(half_right(SEED), SEED) < 0.6  # 0.47 0.52 0.46 0.48 0.50 0.46
-    assert after > 0.9  # 0.99 0.99 0.96 0.99 0.99 0.96
-    pairs = learned("DPO", 0.0, SEED, passes=1)
-    assert 0.85 < pairs < after + 0.05  # 0.95 0.98 0.92 0.92 0.87 0.94
 
-def test_a_fifth_of_the_labels_may_be_wrong():
-    after = learned("KTO", 0.2, SEED, passes=2)  # of the table's four, to be quicker
-    assert after > 0.85  # 0.94 0.97 0.92 0.95 0.95 0.94
-    assert after > learned("DPO", 0.2, SEED) - 0.05  # 0.94 0.94 0.93 0.90 0.91 0.92
-    assert after > learned("SFT", 0.2, SEED) + 0.1  # 0.75 0.78 0.75 0.78 0.80 0.74
+def test_one_label_a_prompt_teaches_what_is_right_on_prompts_never_seen():
+    assert max(success(mistaken(SEED), SEED)) < 0.6  # 0.48 to 0.52
+    assert min(learned("KTO", 0.0, SEED)) > 0.9  # 1.00 with each
 
-def test_further_passes_help_kto_on_wrong_labels_and_harm_dpo_on_wrong_pairs():
-    # Rows that look wrong lie where KTO's loss is flat (Proposition 4.1); DPO's is steepest there.
-    # KTO goes from 0.89 0.95 0.87 0.88 0.90 0.88 to 0.94 0.97 0.92 0.95 0.95 0.94.
-    assert learned("KTO", 0.2, SEED, passes=2) > learned("KTO", 0.2, SEED, passes=1)
-    shares = []
-    for passes in (1, 4):
-        policy = train(feedback(SEED), SEED, dpo_batch, judged, 0.3, 2e-3, passes)
-        shares.append(success(policy, SEED))
-    # DPO goes from 0.78 0.84 0.86 0.78 0.89 0.81 to 0.72 0.74 0.76 0.67 0.76 0.69.
-    assert shares[1] < shares[0] - 0.02
+
+def test_with_a_fifth_wrong_kto_is_ahead_of_dpo_and_of_sft_which_suffices_on_clean_labels():
+    assert min(learned("SFT", 0.0, SEED)) > 0.9  # 0.98 1.00 1.00 0.99 1.00
+    # KTO, sampled: 0.94 0.96 0.95 0.95 0.95; greedy: 0.98 1.00 1.00 1.00 1.00. Its greedy answers
+    # are ahead of DPO's by 0.08 in the mean of five seeds but by 0.05 in this one: less is claimed.
+    sampled, greedy = learned("KTO", 0.2, SEED)
+    dpo_sampled, dpo_greedy = learned("DPO", 0.2, SEED)
+    assert sampled > dpo_sampled + 0.08  # 0.81 0.88 0.82 0.78 0.79
+    assert greedy > dpo_greedy + 0.02  # 0.93 0.96 0.91 0.87 0.90
+    sft_sampled, sft_greedy = learned("SFT", 0.2, SEED)
+    assert sampled > sft_sampled + 0.08  # 0.66 0.59 0.64 0.60 0.60
+    assert greedy > sft_greedy + 0.08  # 0.85 0.73 0.82 0.70 0.78
+
 
 def test_one_desirable_row_for_nine_is_enough_with_the_weights_of_eq_9_and_only_so():
-    assert unequal(SEED, lambda_d=9.0) > 0.8  # 0.95 0.97 0.89 0.90 0.91 0.91
-    assert unequal(SEED, lambda_d=1.0) < 0.65  # 0.00 0.00 0.51 0.00 0.00 0.00
+    assert min(unequal(SEED, weight_of_eq_9)) > 0.8  # 0.97 0.85 0.91 0.92 0.89
+    assert max(unequal(SEED, no_weight)) < 0.65  # 0.25 0.49 0.50 0.22 0.17
+
 
 def test_z0_keeps_the_loss_from_saturating_where_all_completions_grow_likelier():
     # z0 grows with all r, and what is left to gain is r - z0: good rows must get more than bad.
     # Held at 0, beta * r soon is 10: no good row can get better and no bad row is worth a try, both
-    # are left without gradient (Eq. 10), and right and wrong answers stay as likely as they were.
-    share, margin = likelier(SEED, kto.reference_point)
-    assert share > 0.8  # 0.94 0.95 0.92 0.97 0.96 0.93
-    assert margin > 4  # 7.4 7.2 7.5 8.4 8.0 5.9
-    share, margin = likelier(SEED, no_reference_point)
-    assert share < 0.75  # 0.59 0.60 0.60 0.54 0.54 0.47
-    assert margin < 3  # 0.7 0.3 0.9 0.6 0.5 0.5
+    # are left without gradient (Eq. 10), and right and wrong answers stay about as likely.
+    # The margin says less: without z0 it is 2.5 2.9 22 2.0 5.1, and with it 7.4 8.8 5.9 10 21.
+    sampled, greedy, margin = likelier(SEED, kto.reference_point)
+    assert sampled > 0.6  # 0.82 0.79 0.80 0.75 0.63
+    assert greedy > 0.8  # 0.99 0.97 0.92 1.00 0.91
+    sampled, greedy, margin = likelier(SEED, no_reference_point)
+    assert sampled < 0.55  # 0.46 0.43 0.47 0.49 0.47
+    assert greedy < 0.75  # 0.57 0.49 0.62 0.60 0.55
+
 
 # ---- The first command, a real model, and what the README says -----------------------------------
 
-README = Path(kto.__file__).with_name("README.md").read_text()
+README = Path(kto.__file__).with_name("README.md").read_text("utf-8")
+
 
 def readme_block(start):
     """The README's block of code that starts so."""
     return re.search(rf"```\w+\n({start}.*?)```", README, flags=re.DOTALL)[1]
+
 
 def defined_by(start):
     names = {}
     exec(readme_block(start), names)
     return names
 
-def test_the_first_command_learns_and_its_reference_point_lives(
-        read_flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)  # the sample is found from any folder
-    read_flags()
-    with mock.patch("signal.signal"):
-        kto.main()
-    log = read_log(Path("kto-tiny"))
-    assert sum(entry["z0"] > 0 for entry in log) > len(log) / 2
-    assert log[-1]["eval_accuracy"] > 0.9
 
-    # Before, it is rude in words of an undesirable row; after, polite in those of a desirable one.
-    answers = re.findall(r"before (.*?)\..*\n  after  (.*?)\.", capsys.readouterr().out)
-    sample = Path(kto.Config.data).read_text()
-    assert len(answers) == 3
-    for before, after in answers:
-        assert re.search(f'"{before}.*false', sample) and re.search(f'"{after}.*true', sample)
+def first_sentence(text):
+    """The text up to its first full stop, question mark or colon; all of it if it has none."""
+    return re.split("(?<=[.?:])", text)[0]
+
+
+def sample_rows():
+    return [json.loads(line) for line in Path(kto.Config.data).read_text("utf-8").splitlines()]
+
+
+def openings():
+    """{the first sentence of each completion of the sample: True if polite, False if rude}"""
+    return {first_sentence(row["completion"]): row["label"] for row in sample_rows()}
+
+
+def test_the_first_command_learns_and_its_reference_point_lives(tmp_path, monkeypatch, capsys):
+    # The sample is found from any folder. Instead of three prompts, all held-out ones are answered.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kto.py"])
+    rows, take = [], datasets.Dataset.take
+
+    def keep(dataset, count):
+        rows.append(take(dataset, count))
+        return rows[-1]
+
+    def show_all(policy, reference, tokenizer, prompts):
+        show(policy, reference, tokenizer, rows[-1]["prompt"])
+
+    show = kto.show_answers
+    monkeypatch.setattr(datasets.Dataset, "take", keep)
+    monkeypatch.setattr(kto, "show_answers", show_all)
+    kto.main()
+
+    log = read_log(Path("kto-tiny"))
+    steps = [line for line in log if "loss" in line]
+    assert sum(line["z0"] > 0 for line in steps) > len(steps) / 2
+    assert log[-1]["eval_accuracy"] > 0.8
+
+    # Before, it is rude; after, it is polite.
+    printed, tones = capsys.readouterr().out, openings()
+    for moment, is_polite in (("before", False), ("after ", True)):
+        answers = re.findall(f"\n  {moment} (.*)", printed)
+        shares = [tones.get(first_sentence(answer)) for answer in answers]
+        print(f"{moment} {shares.count(True)} polite, {shares.count(False)} rude of {len(shares)}")
+        assert len(answers) == len(rows[-1]) and shares.count(is_polite) > 0.8 * len(answers)
+
 
 @pytest.mark.skipif("KTO_TEST_MODEL" not in os.environ, reason="needs KTO_TEST_MODEL=FOLDER")
 def test_a_real_model_starts_at_its_reference_and_learns(small, tmp_path):
     folder = os.environ["KTO_TEST_MODEL"]
-    start(small, tmp_path, f"--model {folder} --epochs 2 --batch_size 21 --holdout 0 --lr 2e-5")
+    start(small, tmp_path, f"--model {folder} --epochs 2 --batch_size 24 --holdout 0 --lr 2e-5")
     first, last = read_log(tmp_path)  # of two steps, each with all rows
     assert first["margin"] == first["kl"] == 0
     assert last["loss"] < first["loss"]
+
 
 def test_the_readmes_three_rows_are_right():
     z0 = kto.reference_point(tensor([3.0, -1.0, 1.0]), torch.zeros(3))
@@ -1408,14 +2140,39 @@ def test_the_readmes_three_rows_are_right():
         assert f"| {loss:.4f} |\n" in README
     assert f"is their mean, {losses.mean():.3f}" in README
 
+
 def test_the_readmes_training_step_has_the_loss_of_kto_step():
     step = defined_by("import torch\nfrom kto")["kto_training_step"]
     policy, reference = policy_and_reference()
     with torch.no_grad():
-        expected = kto.kto_step(policy, reference, batch_of("DUUDU"))["loss"]
+        losses = kto.kto_step(policy, reference, batch_of("DUUDU"))[0]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     batch = (PROMPTS, COMPLETIONS, desirable("DUUDU"))
-    assert step(policy, reference, optimizer, *batch) == pytest.approx(expected, rel=1e-5)
+    assert step(policy, reference, optimizer, *batch) == pytest.approx(losses.mean().item())
+
+
+def test_the_readmes_reference_without_adapter_is_the_base_model():
+    pytest.importorskip("peft", reason="needs: pip install peft==0.21.2")
+    base, batch = random_model(std=0.3), batch_of("DUUDU")
+    policy, reference = defined_by("from peft")["add_lora"](copy.deepcopy(base))
+    adapter = [weight for weight in policy.parameters() if weight.requires_grad]
+
+    # A new adapter changes nothing: r = z0 = 0 in the first step. Then the loss falls.
+    optimizer = torch.optim.AdamW(adapter, lr=0.01, weight_decay=0.0)
+    log = list(kto.train(policy, reference, [batch] * 3, optimizer, micro_batch_size=2))
+    assert log[0]["loss"] == 0.5 > log[1]["loss"] > log[2]["loss"]
+
+    # With any adapter, a step is that with the base model as the reference.
+    add_noise(torch.nn.ParameterList(adapter), std=0.1, seed=4)
+    steps, gradients = [], []
+    for model in (reference, base):
+        steps.append(kto.kto_step(policy, model, batch, micro_batch_size=2))
+        gradients.append(gradient_of(policy))
+        policy.zero_grad()
+    assert_close(*steps)
+    assert_close(*gradients)
+    assert sum(gradient is not None for gradient in gradients[0]) == len(adapter)
+
 
 def test_the_readmes_converters_make_rows():
     make = defined_by("def thumbs_to_rows")
@@ -1427,50 +2184,174 @@ def test_the_readmes_converters_make_rows():
     assert [row["label"] for row in rows] == [False, True, True, False, True]
     for row, answer in zip(rows, "bbbcb"):
         assert texts(byte_tokenizer(BARE), row["prompt"], row["completion"]) == (
-            f"user: a\nassistant:  -> {answer}</s>")
+            f"user: a\nassistant:  -> {answer}</s>"
+        )
+
 
 def test_the_readmes_rows_are_rows_and_its_metrics_those_of_the_log(whole):
     for line in readme_block('{"prompt"').splitlines():
-        kto.encode(kto.parse_row(line.encode()), byte_tokenizer(CHATML))
-    explained = set(re.findall(r"`(\w+)`", README.split("## Read the log")[1]))
-    assert explained >= read_log(whole)[0].keys() - {"step"}
+        row = kto.parse_row(line.encode())
+        texts(byte_tokenizer(CHATML), row["prompt"], row["completion"])
+    explained = set(re.findall(r"`(\w+)`", README.split("## The log")[1]))
+    assert explained >= read_log(whole)[0].keys()
 
-def test_the_readmes_script_takes_the_same_rows_to_trl(small, tmp_path):
-    pytest.importorskip("trl", reason="needs: pip install trl==1.16.0")
+
+def test_the_readmes_script_trains_an_adapter_with_trl_evaluates_and_saves(tmp_path):
+    pytest.importorskip("trl", reason="needs: pip install trl==1.16.0 peft==0.21.2")
+    random_model(std=0.3).save_pretrained(tmp_path / "model")
+    byte_tokenizer(CHATML).save_pretrained(tmp_path / "model")
+    rows = [(f"Say {i}", "no" * (i % 4 + 1), i % 4 == 0) for i in range(40)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
     script, output = tmp_path / "kto_with_trl.py", tmp_path / "output"
     script.write_text(readme_block("# kto_with_trl.py"))
-    program = [sys.executable, script, small / "model", small / "rows.jsonl", output]
-    printed = subprocess.check_output(program, text=True)
-    assert "'loss': '0.5'" in printed and "'kl': '0'" in printed  # the first step
-    assert (output / "model.safetensors").exists()
+    subprocess.check_output([sys.executable, script, tmp_path / "model", data, output])
+
+    # At first r = z0 = 0, so that the loss is half the mean weight. About 9 of 36 rows are
+    # desirable and weigh 3, so the mean weight is about 1.5.
+    state = max(output.glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime)
+    log = json.loads(state.read_text())["log_history"]
+    assert log[0]["kl"] == 0 and 0.65 < log[0]["loss"] < 0.85
+    assert log[-1]["epoch"] == 3 and "eval_loss" in log[-1]
+    assert (output / "adapter_model.safetensors").exists()
+
 
 # ---- The paper in miniature: python test_kto.py --------------------------------------------------
 
-def mean(function, *arguments, **settings):
-    """The mean of what `function` returns with the seeds 0 to 3."""
-    results = [function(*arguments, seed=seed, **settings) for seed in tqdm(range(4))]
-    return tensor(results).mean(dim=0).tolist()
 
-def main():
-    print("right answers, mean of seeds 0 to 3; in brackets beta, learning rate, passes")
-    print(f"{'':14}{'labels clean':25}{'a fifth wrong':25}30% wrong")
+def report(name, run, **settings):
+    """Prints what run(seed) returns: the mean of five seeds, the smallest and the largest."""
+    results = tensor([run(seed=seed, **settings) for seed in tqdm(range(5), name, leave=False)])
+    lines = {
+        name: results.mean(dim=0),
+        "    smallest": results.amin(dim=0),
+        "    largest": results.amax(dim=0),
+    }
+    for title, figures in lines.items():
+        print(f"{title:32}", *[f"{figure:8.2f}" for figure in figures])
+
+
+def each_share(name, seed):
+    """The success with clean labels, with a fifth and with 30% of them wrong, in one list."""
+    return [*learned(name, 0.0, seed), *learned(name, 0.2, seed), *learned(name, 0.3, seed)]
+
+
+def miniature():
+    print("right answers to prompts never seen, mean of the seeds 0 to 4; s: sampled, g: greedy")
+    print(f"{'':32}  clean s  clean g  fifth s  fifth g    30% s    30% g")
+    report("reference", lambda seed: success(mistaken(seed), seed) * 3)
     for name, method in METHODS.items():
-        best = method[2]
-        line = f"{name:14}"
-        for wrong, setting in best.items():
-            share = mean(learned, name, wrong)
-            line += f"{share:.2f} {str(setting):20}"
-        print(line)
+        report(name, functools.partial(each_share, name))
+        print(f"    best of {method[2]} settings (beta, learning rate, passes): {method[3]}")
 
-    print("\none desirable row for nine                    success")
-    for lambda_d in (9.0, 1.0):
-        share = mean(unequal, lambda_d=lambda_d)
-        print(f"KTO, lambda_d = {lambda_d} {share:34.2f}")
+    print("\none desirable row for nine       sampled   greedy")
+    report("KTO, lambda_d of Eq. 9", unequal, weigh=weight_of_eq_9)
+    report("KTO, lambda_d = 1", unequal, weigh=no_weight)
 
-    print("\nall completions grow likelier                 success  margin in nats")
-    for name, point in (("KTO", kto.reference_point), ("KTO, z0 = 0", no_reference_point)):
-        share, margin = mean(likelier, point=point)
-        print(f"{name:45} {share:7.2f} {margin:15.2f}")
+    print("\nall completions grow likelier    sampled   greedy   margin in nats")
+    report("KTO", likelier, point=kto.reference_point)
+    report("KTO, z0 = 0", likelier, point=no_reference_point)
+
+    print("\nanswers, a fifth wrong           sampled   greedy")
+    kto_on = functools.partial(learned, "KTO", 0.2)
+    report("KTO, one to each of 2,048", kto_on)
+    report("KTO, two to each of 1,024", kto_on, asked=1024, answers=2)
+    report("KTO, one to each of 1,024", kto_on, asked=1024)
+    report("DPO, two to each of 1,024", functools.partial(learned, "DPO", 0.2))
+
+
+# ---- A real model: python test_kto.py MODEL_FOLDER -----------------------------------------------
+# The paper's own way: first SFT, then KTO. A chat model is taught both tones of the sample, so that
+# it answers politely or rudely. Then a fifth of the labels is turned round, and KTO and SFT learn
+# from the labels which tone is wanted.
+
+
+def unseen_and_trained(rows):
+    """(100 prompts; the rows of the other prompts, a fifth of them with a wrong label)."""
+    dice = random.Random(0)
+    prompts = dict.fromkeys(tuple(row["prompt"]) for row in rows)  # some are in several rows
+    unseen = dice.sample(list(prompts), 100)
+    rows = [row for row in rows if tuple(row["prompt"]) not in unseen]
+    for row in dice.sample(rows, len(rows) // 5):
+        row["label"] = not row["label"]
+    return list(map(list, unseen)), rows
+
+
+def sft_step(policy, reference, batch, micro_batch_size):
+    """Adds the gradient of the SFT loss: minus the log-prob of a completion token, the mean."""
+    tokens = sum(len(y) for y in batch["completion"])
+    for _, x, y in kto.micro_batches(batch["prompt"], batch["completion"], micro_batch_size):
+        loss = -kto.completion_logps(policy, x, y).sum() / tokens
+        loss.backward()
+
+
+def tuned(reference, rows, add_gradient, lr, epochs):
+    """A trained copy of the reference. The learning rate falls to zero in a straight line."""
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
+    batches = []
+    for epoch in range(epochs):
+        shuffled_rows = datasets.Dataset.from_list(rows).shuffle(seed=epoch)
+        batches += shuffled_rows.iter(batch_size=32, drop_last_batch=True)
+
+    for step, batch in enumerate(tqdm(batches, leave=False)):
+        add_gradient(policy, reference, batch, micro_batch_size=16)
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / len(batches))
+        optimizer.step()
+        optimizer.zero_grad()
+    return policy.requires_grad_(False)
+
+
+def count_tones(name, model, tokenizer, prompts):
+    """Prints the shares of polite and of rude answers, sampled and greedy."""
+    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    sampled, greedy = {"do_sample": True, "top_k": 0}, {"do_sample": False}  # 0: of all tokens
+    line = f"{name:40}"
+    for decoding, seeds in ((sampled, 3), (greedy, 1)):
+        tones = []
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            ids = model.generate(**inputs, max_new_tokens=10, **decoding)
+            answers = tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :])
+            tones += [openings().get(first_sentence(answer)) for answer in answers]
+        polite, rude = tones.count(True) / len(tones), tones.count(False) / len(tones)
+        line += f"   {polite:.2f} / {rude:.2f}"
+    print(line)
+
+
+def two_tones(folder, dtype="float32"):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )  # eager attention is the fastest for rows as short as these
+    with tempfile.TemporaryDirectory() as cache:
+        rows = kto.load_rows(kto.Config(), tokenizer, cache).to_list()
+    unseen, rows = unseen_and_trained(rows)
+    good = [row for row in rows if row["label"]]
+    print(f"{len(rows)} rows, a fifth of the labels wrong; {len(good)} are marked desirable.")
+    print("Counted are answers to 100 other prompts whose first sentence, up to a full stop,")
+    print("question mark or colon, is that of a polite or of a rude completion of the sample.\n")
+    print("polite / rude                              sampled       greedy")
+
+    # With its cache, autocast would go on with weights that a step has changed.
+    with torch.autocast("cpu", torch.bfloat16, dtype == "bfloat16", cache_enabled=False):
+        count_tones("the model as it comes", model, tokenizer, unseen)
+        reference = tuned(model, rows, sft_step, 1e-4, 5)
+        count_tones("SFT on all rows: the reference", reference, tokenizer, unseen)
+        runs = [
+            ("KTO, one epoch", reference, rows, kto.kto_step, 2e-5, 1),
+            ("KTO, two epochs", reference, rows, kto.kto_step, 2e-5, 2),
+            ("SFT on desirable rows, one epoch", reference, good, sft_step, 2e-5, 1),
+            ("SFT on desirable rows, two epochs", reference, good, sft_step, 2e-5, 2),
+            ("SFT on desirable rows, three epochs", reference, good, sft_step, 2e-5, 3),
+            ("without the first stage: KTO", model, rows, kto.kto_step, 5e-5, 3),
+            ("without the first stage: SFT", model, good, sft_step, 5e-5, 3),
+        ]
+        for name, *settings in runs:
+            count_tones(name, tuned(*settings), tokenizer, unseen)
+
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        two_tones(*sys.argv[1:])
+    else:
+        miniature()
