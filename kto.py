@@ -48,6 +48,7 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
+import pandas
 import torch
 import transformers
 from tqdm import tqdm
@@ -439,10 +440,11 @@ def render(row, tokenizer, special):
             f"the chat template loses a part of the completion, or adds one: {answered[-80:]!r}"
         )
 
-    # The prompt must not reach into the answer's own text, which may begin like a thought.
-    prompt = os.path.commonprefix([asked, answered])
+    # The prompt is how both chats begin, but not so far as into the answer's own text, which may
+    # begin like a thought.
     before_answer = len(bare(answered)) - len(answer_text)
-    while len(bare(prompt)) > before_answer:
+    prompt = asked
+    while not answered.startswith(prompt) or len(bare(prompt)) > before_answer:
         prompt = prompt[:-1]
 
     bare_prompt = bare(prompt)
@@ -533,9 +535,13 @@ def load_rows(config, tokenizer, folder):
         texts = datasets.Dataset.from_generator(read_rows, cache_dir=folder, gen_kwargs=source)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__
-    ids = texts.map(tokenise, batched=True, fn_kwargs={"tokenizer": tokenizer})
-    settings = {"tokenizer": tokenizer, "config": config}
-    return ids.map(encode, fn_kwargs=settings, remove_columns=["x", "both"])
+
+    def encode_many(texts):  # a thousand rows at once, as a dict of columns
+        columns = pandas.DataFrame(dict(texts) | tokenise(texts, tokenizer))
+        rows = [encode(row, tokenizer, config) for row in columns.to_dict("records")]
+        return pandas.DataFrame(rows).to_dict("list")
+
+    return texts.map(encode_many, batched=True)
 
 
 def training_batches(rows, config, first_step):
