@@ -1,33 +1,40 @@
 # SPDX-License-Identifier: MIT-0
 """KTO in one file: align a language model with thumbs up and thumbs down.
 
-The paper is "KTO: Model Alignment as Prospect Theoretic Optimization", Ethayarajh et al.,
-ICML 2024, arXiv 2402.01306. Equations and sections are numbered as in its version 5.
+The paper is "KTO: Model Alignment as Prospect Theoretic Optimization", Ethayarajh
+et al., ICML 2024, arXiv 2402.01306. Equations and sections are numbered as in its
+version 5.
 
-The data are rows of a prompt x, a completion y and a label, which says whether y is desirable
-or undesirable. One training step does this:
+The data are rows of a prompt x, a completion y and a label, which says whether y is
+desirable or undesirable. One training step does this:
 
   1. Take m rows (x, y, label), in any mix of the two classes.
-  2. Pair: give each x the completion y' of the next row, and the last x that of the first row.
-  3. Score: sum the log-probabilities of a completion's tokens, under policy and reference.
-  4. Reference point: z0 = max(0, mean over the m pairs (x, y') of log pi_theta - log pi_ref)  §4.1
-  5. Loss: with r = log pi_theta(y|x) - log pi_ref(y|x), it is lambda_y - v for each row.      Eq. 8
+  2. Pair: give each x the completion y' of the next row, and the last x the
+     completion of the first row.
+  3. Score: sum the log-probabilities of a completion's tokens, under both models.
+  4. Reference point: a mean over the m pairs (x, y').                         §4.1
+         z0 = max(0, mean of log pi_theta(y'|x) - log pi_ref(y'|x))
+  5. Loss: lambda_y - v for each row, with the reward r and the value v.       Eq. 8
+         r = log pi_theta(y|x) - log pi_ref(y|x)
          v = lambda_D * sigmoid(beta * (r - z0))      if y is desirable
          v = lambda_U * sigmoid(beta * (z0 - r))      if y is undesirable
-  6. Update: step down the gradient of the mean loss, in which z0 is a constant.              Eq. 10
+  6. Update: step down the gradient of the mean loss, where z0 is a constant.  Eq. 10
 
-A step costs four forward passes, three of them without gradient, and one backward pass.
+A step costs four forward passes, three of them without gradient, and one backward
+pass.
 
   in the paper          here                what it is
-  pi_theta, pi_ref      policy, reference   the model in training, and its frozen starting point
-  log pi(y|x)           logps               log-probabilities of completions, in nats
-  r_theta(x, y), z_0    r, z0               implicit reward of a row, reference point of a batch
-  v(x, y), beta         v, beta             value of a row, and how soon the value saturates
-  lambda_D, lambda_U    lambda_d, lambda_u  weights of desirable and of undesirable rows
-  shapes: m rows a step, B rows a call, T tokens a row, N tokens scored, H hidden size, V vocabulary
+  pi_theta, pi_ref      policy, reference   the model in training, its frozen start
+  log pi(y|x)           logps               log-probability of a completion, in nats
+  r_theta(x, y), z_0    r, z0               reward of a row, reference point of a batch
+  v(x, y), beta         v, beta             value of a row, and how soon it saturates
+  lambda_D, lambda_U    lambda_d, lambda_u  weights of desirable and undesirable rows
 
-  python kto.py                                                    offline, two CPU cores, a minute
-  python kto.py --model NAME_OR_FOLDER --data FILE.jsonl --output FOLDER          your own feedback
+Shapes: m rows per step, B rows per call of a model, T tokens per row with padding,
+N tokens that are scored, H hidden size, V vocabulary.
+
+  python kto.py                                      the demo: offline, a minute
+  python kto.py --model NAME_OR_FOLDER --data FILE.jsonl --output FOLDER
 """
 
 import argparse
@@ -53,15 +60,17 @@ import torch
 import transformers
 from tqdm import tqdm
 
-# ==== Part one: KTO, complete, down to the training loop ==========================================
+# ==== Part one: KTO, complete, down to the training loop ===========================
 
 
 def kto_loss(policy_logps, reference_logps, z0, desirable, beta=0.1, lambda_d=1.0, lambda_u=1.0):
-    """The KTO loss of each row, lambda_y - v(x, y): a tensor (B,), not yet averaged (Eq. 8).
+    """The KTO loss of each row, lambda_y - v(x, y): a tensor (B,), not yet averaged
+    (Eq. 8).
 
-    `policy_logps` and `reference_logps` are tensors (B,): log pi(y|x) of each row, in nats.
-    `z0` is the scalar that `reference_point` returns. `desirable` is a bool tensor (B,), in any
-    mix of the classes; a tensor of ints raises RuntimeError.
+    `policy_logps` and `reference_logps` are tensors (B,): log pi(y|x) of each row,
+    in nats. `z0` is the scalar that `reference_point` returns. `desirable` is a bool
+    tensor (B,), True for a desirable row; any mix of the classes is allowed. A
+    tensor of ints raises RuntimeError.
     """
     r = policy_logps - reference_logps  # (B,)
     v_desirable = lambda_d * torch.sigmoid(beta * (r - z0))  # (B,)
@@ -70,68 +79,78 @@ def kto_loss(policy_logps, reference_logps, z0, desirable, beta=0.1, lambda_d=1.
 
 
 def reference_point(policy_next_logps, reference_next_logps):
-    """z0, an estimate of KL(pi_theta || pi_ref): a scalar (), >= 0, in nats, no gradient (§4.1).
+    """z0, an estimate of KL(pi_theta || pi_ref): a scalar (), >= 0, in nats, no
+    gradient (§4.1).
 
-    Both arguments are tensors (m,), in nats: log pi(y'|x) of the m *mismatched* pairs of a step,
-    in which each prompt has the completion of the next row. They are not the log-probabilities
-    that `kto_loss` takes: with those, z0 would be the mean reward.
+    Both arguments are tensors (m,), in nats: log pi(y'|x) of the m *mismatched*
+    pairs of a step, in which each prompt has the completion of the next row. They
+    are not the log-probabilities that `kto_loss` takes: with those, z0 would be the
+    mean reward.
 
-    What z0 is for: a reward r is good or bad only in comparison. If the policy made every
-    completion more likely, good or bad, r and z0 would rise together and no value would be gained.
-    - Why mismatched pairs: z0 stands for any answer, but a row's own y is in the data because it
-      is good or bad for x. So the rows exchange their completions: of (x1, y1) and (x2, y2), z0
-      takes (x1, y2) and (x2, y1). This is biased. The KL itself would need answers that are
-      sampled from the policy, which is slow.
-    - Why the mean over all m rows of a step: the number of rows that fit into memory at once
-      must not change the result.
-    - Why the clamp: a KL divergence is never negative, but its estimate from m pairs can be.
-    - Why no gradient: r is measured from z0, and the policy must not gain by moving z0. In this
-      file the pairs are scored without gradient anyway; `detach` is there for those who copy.
+    What z0 is for: a reward r is good or bad only in comparison. If the policy made
+    every completion more likely, good or bad, r and z0 would rise together and no
+    value would be gained.
+    - Why mismatched pairs: z0 is about answers in general, but a row's own y is in
+      the data because it is good or bad for x. So the rows exchange their
+      completions. From the rows (x1, y1) and (x2, y2), z0 uses the pairs (x1, y2)
+      and (x2, y1). This is biased. The KL itself would need answers that are sampled
+      from the policy, which is slow.
+    - Why the mean over all m rows of a step: the number of rows that fit into memory
+      at once must not change the result.
+    - Why the clamp: a KL divergence is never negative, but its estimate from m pairs
+      can be.
+    - Why no gradient: r is measured from z0, and the policy must not gain by moving
+      z0. In this file the pairs are scored without gradient anyway; `detach`
+      protects a copy of this function.
     """
     return (policy_next_logps - reference_next_logps).mean().clamp(min=0).detach()
 
 
 def completion_logps(model, prompts, completions):
-    """log pi(y|x) of each row: (B,), float32, in nats, summed (not averaged) over y's tokens.
+    """log pi(y|x) of each row: (B,), float32, in nats, summed (not averaged) over
+    y's tokens.
 
-    `model` is a causal LM of transformers; `prompts` and `completions` are two lists of B lists
-    of token ids, not padded. A completion ends with the model's end token, which is scored like
-    any other token. (A completion that was cut for its length did not end there, so it has none.)
-    Raises ValueError if a prompt is empty or if the two lists differ in length.
+    `model` is a causal LM of transformers; `prompts` and `completions` are two lists
+    of B lists of token ids, not padded. The caller has put the end token at the end
+    of each completion. It is scored like any other token. (A completion that was cut
+    to a maximal length has no end token, because it did not end there.) Raises
+    ValueError if a prompt is empty or if the two lists differ in length.
     """
     if not all(prompts):
         raise ValueError("a prompt has no tokens: the first completion token needs one before it")
 
-    # A row is x, then y, then padding. A causal model never looks to the right, so the padding
-    # changes nothing, and no attention mask is needed.
+    # A row is x, then y, then padding. A causal model never looks to the right, so
+    # the padding changes nothing, and no attention mask is needed.
     rows = [torch.tensor([*x, *y]) for x, y in zip(prompts, completions, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)  # (B, T)
 
-    # The output at position t predicts the token at t + 1. For x = (a, b) and y = (c, d):
+    # The output at position t predicts the token at t + 1. For x = (a, b) and y =
+    # (c, d):
     #     outputs at  a   b   c
     #     targets     b   c   d        the same row, one token further on
     #     is_scored   0   1   1        1 where the target belongs to y
-    # Positions decide what is scored, not token ids: an end token counts even if padding has
-    # the same id.
+    # Positions decide what is scored, not token ids: an end token counts even if
+    # padding has the same id.
     targets = ids[:, 1:]  # (B, T - 1)
     is_scored = torch.zeros_like(targets, dtype=torch.bool)  # (B, T - 1)
-    for marks, x, y in zip(is_scored, prompts, completions):
+    for row, x, y in zip(is_scored, prompts, completions):  # each row is a view of is_scored
         first = len(x) - 1  # the output at x's last token predicts y's first token
-        marks[first : first + len(y)] = True
+        row[first : first + len(y)] = True
 
     # Without the hook below one would write
     #     logits = model(input_ids=ids).logits[:, :-1][is_scored]
-    # and the model would compute logits of every position, most of which are thrown away. Logits
-    # are the largest tensor of all. The hook gives the model's last layer, its head, only the
-    # states that predict y. The hook is removed where the `with` block ends.
+    # and the model would compute logits of every position, most of which are thrown
+    # away. Logits are the largest tensor of all. The hook gives the model's last
+    # layer, its head, only the states that predict y: what the hook returns becomes
+    # the head's input. The hook is removed where the `with` block ends.
     def keep_scored(head, inputs):
         return inputs[0][:, :-1][is_scored]  # (B, T, H) -> (N, H)
 
     with model.get_output_embeddings().register_forward_pre_hook(keep_scored):
         logits = model(input_ids=ids, use_cache=False).logits.float()  # (N, V)
 
-    # Each token's log-probability goes back to its place. All other places are 0. Then each row
-    # is summed.
+    # cross_entropy returns minus the log-probability of each scored token. These go
+    # back to their places, all other places are 0, and each row is summed.
     nll = torch.nn.functional.cross_entropy(logits, targets[is_scored], reduction="none")  # (N,)
     token_logps = torch.zeros_like(targets, dtype=torch.float)  # (B, T - 1)
     token_logps[is_scored] = -nll
@@ -139,10 +158,11 @@ def completion_logps(model, prompts, completions):
 
 
 def micro_batches(prompts, completions, size):
-    """Split m rows into micro-batches, as many rows as are in memory at once.
+    """Split m rows into micro-batches. A micro-batch is what one call of a model
+    scores.
 
-    Yields (index, prompts, completions) of at most `size` rows. `index` is a tensor of the rows'
-    places among the m rows.
+    Yields (index, prompts, completions) of at most `size` rows. `index` is a tensor
+    of the rows' places among the m rows.
     """
     # Rows of similar length share a micro-batch, so that little is padded.
     lengths = [len(x) + len(y) for x, y in zip(prompts, completions, strict=True)]
@@ -153,25 +173,28 @@ def micro_batches(prompts, completions, size):
 
 @torch.no_grad()
 def score(model, prompts, completions, micro_batch_size):
-    """completion_logps of m rows, micro_batch_size at a time: (m,), in nats, without gradient."""
+    """completion_logps of m rows, micro_batch_size at a time: (m,), in nats, without
+    gradient."""
     logps = torch.zeros(len(prompts), device=model.device)  # (m,)
     for index, x, y in micro_batches(prompts, completions, micro_batch_size):
         logps[index] = completion_logps(model, x, y)
     return logps
 
 
-def kto_step(policy, reference, batch, micro_batch_size=8, **weights):
-    """Steps 2 to 5 on one batch: adds the gradient of the mean loss to the policy's `.grad`.
+def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
+    """Steps 2 to 5 on one batch: adds the gradient of the mean loss to the policy's
+    `.grad`.
 
-    `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m bools}. Its rows
-    must be in random order, because the next row should not have the same x: its y would then be
-    an answer to this very prompt, and z0 would measure what the rewards measure. The
-    `micro_batch_size` changes no number, only the memory that is needed. `weights` are beta,
-    lambda_d and lambda_u. Both models must be in eval mode, because dropout would be noise in r.
+    `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m
+    bools}. Its rows must be in random order: if two neighbours had the same prompt,
+    the mismatched completion would be a real answer to it, and z0 would measure the
+    same as the rewards. The `micro_batch_size` changes no number, only the memory
+    that is needed. `settings` are beta, lambda_d and lambda_u. Both models must be
+    in eval mode, because dropout would be noise in r.
 
-    Returns what `metrics_of` takes, tensors (m,) without gradient: loss, r, z0, log-ratio of the
-    mismatched pair, and desirable. Under `torch.no_grad()` the step only evaluates. Raises
-    ValueError if m < 2.
+    Returns (losses, r, z0, kl, desirable), tensors (m,) without gradient, for
+    `metrics_of`. The kl of a row is the log-ratio of its mismatched pair. Under
+    `torch.no_grad()` the step only evaluates. Raises ValueError if m < 2.
     """
     prompts, completions = batch["prompt"], batch["completion"]
     desirable = torch.tensor(batch["label"], dtype=torch.bool, device=policy.device)  # (m,)
@@ -190,12 +213,13 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **weights):
     # 4. Reference point: from the m mismatched pairs.
     z0 = reference_point(policy_next_logps, reference_next_logps)  # ()
 
-    # 3 and 5. Score with gradient, and loss. Each micro-batch adds its share of the mean loss.
+    # The rest of 3, and 5: score with gradient, and compute the loss. Each
+    # micro-batch adds the gradient of its share of the mean loss.
     policy_logps = torch.zeros_like(reference_logps)  # (m,)
     losses = torch.zeros_like(reference_logps)  # (m,)
     for index, x, y in micro_batches(prompts, completions, micro_batch_size):
         logps = completion_logps(policy, x, y)  # (B,)
-        loss = kto_loss(logps, reference_logps[index], z0, desirable[index], **weights)  # (B,)
+        loss = kto_loss(logps, reference_logps[index], z0, desirable[index], **settings)  # (B,)
         if torch.is_grad_enabled():
             (loss.sum() / m).backward()
         policy_logps[index] = logps.detach()
@@ -207,12 +231,14 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **weights):
 
 
 def metrics_of(losses, r, z0, kl, desirable):
-    """The metrics of a step, or of several steps: means over rows, as a dict of floats.
+    """The metrics of a step, or of several steps: means over rows, as a dict of
+    floats.
 
-    The arguments are tensors (m,), as `kto_step` returns them. Rewards, margin, z0 and kl are in
-    nats and are not multiplied by beta. The reward of a class without rows is None. A row is
-    accurate if its r is on the right side of z0. At step 0 no r is above z0, so the accuracy is
-    then the share of undesirable rows.
+    The arguments are tensors (m,), as `kto_step` returns them. Rewards, margin, z0
+    and kl are in nats and are not multiplied by beta. The reward of a class without
+    rows is None. A row is accurate if its r is on the right side of z0. At step 0
+    all r and z0 are 0, so that r > z0 is false everywhere and the accuracy is the
+    share of undesirable rows.
     """
     reward_desirable = r[desirable].mean().item() if desirable.any() else None
     reward_undesirable = r[~desirable].mean().item() if not desirable.all() else None
@@ -231,7 +257,8 @@ def metrics_of(losses, r, z0, kl, desirable):
 
 
 def train(policy, reference, batches, optimizer, first_step=0, **settings):
-    """The training loop, as a generator: it trains while one iterates over it.
+    """The training loop, as a generator: it trains while one iterates over it, and
+    only then.
 
         policy = AutoModelForCausalLM.from_pretrained(NAME, dtype=torch.float32)
         policy.eval()  # no dropout
@@ -240,12 +267,13 @@ def train(policy, reference, batches, optimizer, first_step=0, **settings):
         for metrics in train(policy, reference, batches, optimizer, beta=0.1):
             print(metrics["loss"])
 
-    `batches` is an iterable of what `kto_step` takes, and `settings` are its keyword arguments.
-    Yields the metrics of each step after its update; the steps are numbered from `first_step`.
-    Raises FloatingPointError before an update whose gradient is infinite or NaN.
+    `batches` is an iterable of what `kto_step` takes, and `settings` are its keyword
+    arguments. Yields the metrics of each step after its update; the steps are
+    numbered from `first_step`. Raises FloatingPointError before an update whose
+    gradient is infinite or NaN.
     """
     for step, batch in enumerate(batches, start=first_step):  # 1. Take m rows.
-        start = time.perf_counter()
+        began = time.perf_counter()
         metrics = metrics_of(*kto_step(policy, reference, batch, **settings))  # 2 to 5.
 
         # 6. Update, with the gradient clipped to a norm of 10 (Table 1).
@@ -255,23 +283,24 @@ def train(policy, reference, batches, optimizer, first_step=0, **settings):
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - began
         yield {"step": step, **metrics, "grad_norm": norm, "lr": lr, "seconds": seconds}
 
 
-# ==== Part two: what a run needs besides. You may stop here: the method is complete. ==============
+# ==== Part two: what a run needs besides. You may stop here: the method is complete.
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message says what was found, where, what to do."""
+    """What the user gave cannot be used. The message says what was found, where, and
+    what to do."""
 
 
 @contextlib.contextmanager
 def about(what):
     """Turns an error of a library into an InputError that begins with `what`.
 
-    Only single calls of a library stand inside, on something that the user named. Errors in this
-    file's own code are never caught, so they keep their traceback.
+    The block holds only calls of libraries, on something that the user named. Errors
+    in this file's own code are not caught, so that they keep their traceback.
     """
     try:
         yield
@@ -281,7 +310,8 @@ def about(what):
 
 @dataclasses.dataclass
 class Config:
-    """The settings of a run, each a flag. Defaults are the paper's where it names one (§4.2)."""
+    """The settings of a run, each a flag. Defaults are the paper's where it names
+    one (§4.2)."""
 
     model: str = "tiny"  # hub name or folder; "tiny" is a toy that is built and taught here
     data: str = str(Path(__file__).with_name("data_sample.jsonl"))  # JSONL file of feedback
@@ -297,14 +327,17 @@ class Config:
     max_completion_length: int = 512  # tokens; a longer completion loses its end
     holdout: float = 0.1  # share of the rows that are kept for evaluation; 0 keeps none
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto is cuda if there is one, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward passes
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # auto: bfloat16 where a card computes in it
+    )
     seed: int = 0  # decides the split, the order of the rows and the tiny model
     save_every: int = 0  # steps between checkpoints; there is one at the end of each epoch anyway
     resume: bool = False  # go on from the checkpoint in --output; without one, start
 
 
 def read_flags():
-    """The Config of the command line, completed. --help shows the class above as it stands."""
+    """The Config of the command line, completed. --help prints the source of the
+    class above."""
     parser = transformers.HfArgumentParser(
         Config,
         description=inspect.getsource(Config),
@@ -329,17 +362,18 @@ def read_flags():
     return config
 
 
-# ---- The data: a line of the file -> texts -> token ids -> batches -------------------------------
+# ---- The data: a line of the file -> texts -> token ids -> batches ----------------
 
 A_ROW = """A row is one whole line, and a line is one row: {"prompt": text or messages, \
 "completion": text or [message], "label": true or false}. Write each element of a JSON array \
 on a line of its own, and a preference pair as two rows."""
 
-# Columns of a row, and keys of a message, that are there to change what is trained. This file
-# would not use them. Other columns are not used either; they are named before the training.
+# Columns of a row, and keys of a message, that are meant to change what is trained.
+# This file cannot use them, so it refuses them. Other columns are ignored, and named
+# before the training.
 NOT_SUPPORTED = """
-    system system_prompt system_message instruction instructions input context history documents
-    tools functions tool_calls function_call chat_template_kwargs
+    system system_prompt system_message instruction instructions input context history
+    documents tools functions tool_calls function_call chat_template_kwargs
     thought thinking reasoning reasoning_content reasoning_details
     image images image_path image_url video videos audio audios"""
 
@@ -352,10 +386,11 @@ def refuse_unsupported(fields):
 
 
 def parse_row(line):
-    """One line of JSONL, as bytes -> a dict with prompt, completion and label, or InputError."""
+    """One line of JSONL, as bytes -> a dict with prompt, completion and label, or
+    InputError."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
-        json.dumps(row, ensure_ascii=False).encode()  # fails at half a surrogate pair
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair fails: it is no UTF-8
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 text, so unpack or convert the file: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -374,7 +409,8 @@ def parse_row(line):
 
 
 def as_messages(value, role, special):
-    """A text as a chat of one message, a chat as it is. Raises InputError at anything else."""
+    """Returns messages: a text becomes one message, a list stays as it is. Raises
+    InputError."""
     if not isinstance(value, (str, list)) or not value:
         raise InputError(f"neither a text nor a list of messages: {value!r:.80}")
     if isinstance(value, str):
@@ -385,7 +421,7 @@ def as_messages(value, role, special):
                 raise InputError(f"the {key} of a message must be a text: {message!r:.80}")
         if message["role"] not in ("system", "developer", "user", "assistant", "tool"):
             raise InputError(
-                f"unknown role {message['role']!r:.80}: take system, user or assistant"
+                f"unknown role {message['role']!r:.80}: take for example user or assistant"
             )
         refuse_unsupported(message)
         found = special.search(message["content"])
@@ -398,22 +434,26 @@ def as_messages(value, role, special):
 
 
 def special_tokens(tokenizer):
-    """A pattern that finds what is no part of a text, such as EOS, <|im_start|> and [INST]."""
+    """A pattern that finds what does not belong in a text, such as EOS, <|im_start|>
+    and [INST]."""
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    # Other models' texts may have been put into a template, too.
+    # A text may have been rendered for another model, so that model's tags are found
+    # too.
     of_others = r"<[|｜][^|｜<>\s]+[|｜]>|\[/?INST\]|<(?:start|end)_of_turn>"
     return re.compile("|".join([of_others, *map(re.escape, tokens)]))
 
 
 def render(row, tokenizer, special):
-    """A row as the model sees it: {"prompt": text, "completion": text, "goes_on": text}.
+    """A row as the model sees it: {"prompt": text, "completion": text, "goes_on":
+    text}.
 
-    Without a chat template, the texts of the row stay as they are. With one, the prompt is what
-    two renderings have in common: the chat that asks for an answer, and the chat with the answer.
-    The completion is the rest of the latter. "goes_on" is the rest of the former: reasoning
-    models, for example, open a thought there, which an answered chat closes or leaves out.
-    `special` is the pattern of `special_tokens`. Raises InputError if the template loses a text
-    or adds one after the answer.
+    Without a chat template, the texts of the row stay as they are. With one, two
+    renderings are made: `asked` is the chat that waits for an answer, `answered` is
+    the chat with the answer. The prompt is how both begin. The completion is the
+    rest of `answered`, and "goes_on" is the rest of `asked`. It is usually empty,
+    but a reasoning model may open a thought there. `special` is the pattern of
+    `special_tokens`. Raises InputError if the template loses a text, or adds one
+    after the answer.
     """
     messages = as_messages(row["prompt"], "user", special)
     answer = as_messages(row["completion"], "assistant", special)
@@ -422,7 +462,7 @@ def render(row, tokenizer, special):
     if messages[-1]["role"] == "assistant":
         raise InputError("prompt ends with an answer: completion must be the whole answer")
     if tokenizer.chat_template is None:
-        if messages is row["prompt"] or answer is row["completion"]:
+        if messages is row["prompt"] or answer is row["completion"]:  # one was a list before
             raise InputError("messages need a chat template, and this tokenizer has none")
         return {"prompt": row["prompt"], "completion": row["completion"], "goes_on": ""}
 
@@ -440,8 +480,8 @@ def render(row, tokenizer, special):
             f"the chat template loses a part of the completion, or adds one: {answered[-80:]!r}"
         )
 
-    # The prompt is how both chats begin, but not so far as into the answer's own text, which may
-    # begin like a thought.
+    # The prompt is the longest common beginning of both, but it must end before the
+    # answer's own text, because an answer may itself begin with <think>.
     before_answer = len(bare(answered)) - len(answer_text)
     prompt = asked
     while not answered.startswith(prompt) or len(bare(prompt)) > before_answer:
@@ -479,38 +519,44 @@ def read_rows(path, tokenizer):
 
 
 def tokenise(texts, tokenizer):
-    """Columns of texts -> columns of token ids. A tokenizer is faster with many texts at once."""
-    texts_of_both = [x + y for x, y in zip(texts["prompt"], texts["completion"])]
+    """Columns of texts -> columns of token ids. A tokenizer is faster with many
+    texts at once."""
+    joined = [prompt + answer for prompt, answer in zip(texts["prompt"], texts["completion"])]
     is_plain = tokenizer.chat_template is None  # a chat template writes BOS by itself
     return {
         "x": tokenizer(texts["prompt"], add_special_tokens=is_plain).input_ids,
-        "both": tokenizer(texts_of_both, add_special_tokens=is_plain).input_ids,
+        "both": tokenizer(joined, add_special_tokens=is_plain).input_ids,
     }
 
 
 def encode(row, tokenizer, config):
-    """A row of text, with its `tokenise`d x and both -> a row of token ids, and facts on it.
+    """A row of text and of the ids x and both of `tokenise` -> a row of token ids,
+    with facts.
 
-    The prompt is what the model is given at inference. The completion is what it then wrote, with
-    an end token. Both are cut to their maximal lengths. Raises InputError if one has no token.
+    The prompt is what the model is given at inference. The completion is what it
+    then wrote, with an end token. Both are cut to their maximal lengths. Raises
+    InputError if one has no token.
     """
     x, both, eos = row["x"], row["both"], tokenizer.eos_token_id
     if tokenizer.chat_template is None and x[-1:] == [eos]:
         x = x[:-1]  # some tokenizers end every text with EOS
 
-    # Where the template goes on in two ways, the border between x and y must not lie in a token.
+    # If goes_on is not empty, the two renderings may part inside a token. Then the
+    # border between x and y moves left, to where this token begins.
     while row["goes_on"] and both[: len(x)] != x:
         x = x[:-1]
 
-    # y is cut from both texts, because some tokenizers would put a space before it otherwise.
-    # It is tokenised alone if a token lies across the border.
+    # y is taken from the ids of the joined text, because some tokenizers would put a
+    # space before it otherwise. It is tokenised alone only if a token lies across
+    # the border.
     y = both[len(x) :]
     if both[: len(x)] != x:
         y = tokenizer(row["completion"], add_special_tokens=False).input_ids
     if not x or not y:
         raise InputError(f"{config.data}:{row['line']}: prompt or completion becomes no token")
 
-    # Most chat templates close an answer with a special token. Another token needs EOS after it.
+    # Most chat templates close an answer with a special token. If the last token is
+    # another one, EOS is added.
     last = y[-1:]
     if tokenizer.decode(last) == tokenizer.decode(last, skip_special_tokens=True):
         y = y + [eos]
@@ -526,15 +572,17 @@ def encode(row, tokenizer, config):
 
 
 def load_rows(config, tokenizer, folder):
-    """The rows of --data as token ids, and facts on each: a datasets.Dataset, on disk in `folder`.
+    """The rows of --data as token ids, and facts on each: a datasets.Dataset, on
+    disk in `folder`.
 
-    The folder must be new: `datasets` would find the rows of an older file or of an older `encode`.
+    The folder must be new. In a used one, the cache of `datasets` could return older
+    rows.
     """
     source = {"path": config.data, "tokenizer": tokenizer}
     try:
         texts = datasets.Dataset.from_generator(read_rows, cache_dir=folder, gen_kwargs=source)
     except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__
+        raise error.__cause__  # what went wrong in read_rows
 
     def encode_many(texts):  # a thousand rows at once, as a dict of columns
         columns = pandas.DataFrame(dict(texts) | tokenise(texts, tokenizer))
@@ -545,7 +593,8 @@ def load_rows(config, tokenizer, folder):
 
 
 def training_batches(rows, config, first_step):
-    """Stream the full batches of all epochs from `first_step` on, each epoch in a new order."""
+    """Stream the full batches of all epochs from `first_step` on, each epoch in a
+    new order."""
     m = config.batch_size
     per_epoch = len(rows) // m
     for step in range(first_step, config.epochs * per_epoch):
@@ -556,7 +605,8 @@ def training_batches(rows, config, first_step):
 
 
 def describe(facts, training, held_out, tokenizer, config):
-    """Print what will be trained: counts, what is cut or not used, a row as the model sees it."""
+    """Print what will be trained: counts, what is cut or not used, a row as the
+    model sees it."""
     n_d = sum(training["label"][:])
     n_u = len(training) - n_d
     steps, left_over = divmod(len(training), config.batch_size)
@@ -564,9 +614,8 @@ def describe(facts, training, held_out, tokenizer, config):
     print(f"         {len(held_out)} rows held out, {sum(held_out['label'][:])} of them desirable")
     print(f"steps    {steps} an epoch; {left_over} rows are left over in each")
 
-    # An answer with both labels counts twice among the labelled answers and once among all.
-    labelled = facts[["digest", "label"]].drop_duplicates()
-    print(f"labels   {len(labelled) - facts.digest.nunique()} answers have both labels")
+    has_both_labels = facts.groupby("digest").label.nunique() == 2
+    print(f"labels   {has_both_labels.sum()} answers have both labels")
     not_used = sorted(set(" ".join(facts.not_used).split()))
     print(f"columns  not used: {', '.join(not_used) or 'none'}")
 
@@ -579,28 +628,27 @@ def describe(facts, training, held_out, tokenizer, config):
 
     weight_d, weight_u = config.lambda_d * n_d, config.lambda_u * n_u
     if weight_d * weight_u == 0:
-        print("WARNING  only one class counts: imitated if desirable, unlearned if undesirable")
+        print("WARNING  only one class has weight: KTO will only imitate it, or only unlearn it")
     else:
         print(f"balance  lambda_D n_D / (lambda_U n_U) = {weight_d / weight_u:.3g}; Eq. 9 wants")
         print(f"         1 to 1.5: --lambda_d {weight_u / n_d:.4g} to {1.5 * weight_u / n_d:.4g}")
 
     row = training[0]
-    if tokenizer.chat_template is None:
-        print("a row    (the texts stay as they are: the tokenizer has no chat template)")
-    else:
-        print("a row    (texts are put into the tokenizer's chat template)")
+    template = "no chat template" if tokenizer.chat_template is None else "the chat template"
+    print(f"a row    as the model sees it, with {template} of the tokenizer:")
     print(f"  prompt      {tokenizer.decode(row['prompt'])!r}")
     print(f"  completion  {tokenizer.decode(row['completion'])!r}")
     if row["goes_on"]:
         print(f"  At inference, the prompt goes on with {row['goes_on']!r}.")
 
 
-# ---- The models ----------------------------------------------------------------------------------
+# ---- The models -------------------------------------------------------------------
 
 
 def tiny_model(config, tokenizer, rows):
-    """A toy: a small Llama, taught the undesirable rows and every fifth row. So it finds most
-    desirable completions unlikely, and z0 rises as it learns to write them."""
+    """A toy: a small Llama, taught the undesirable rows and every fifth row. So it
+    finds most desirable completions unlikely, and z0 rises as it learns to write
+    them."""
     torch.manual_seed(config.seed)
     torch.set_num_threads(1)  # more threads would only wait for each other at this size
     settings = transformers.LlamaConfig(
@@ -613,7 +661,7 @@ def tiny_model(config, tokenizer, rows):
         num_attention_heads=4,
     )
     model = transformers.LlamaForCausalLM(settings)
-    taught = rows.select([i for i, y in enumerate(rows["label"]) if i % 5 == 0 or not y])
+    taught = rows.select([i for i, label in enumerate(rows["label"]) if i % 5 == 0 or not label])
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(500):
         optimizer.param_groups[0]["lr"] = 2.5e-3 * (1 - step / 500)
@@ -627,7 +675,7 @@ def tiny_model(config, tokenizer, rows):
 
 def load_tokenizer(config):
     """The tokenizer of --model, which must have an end token; InputError if not."""
-    if config.model == "tiny":  # a small one, trained on the lines of the data as they stand
+    if config.model == "tiny":  # a small one, trained on the lines of the data, braces and all
         lines = Path(config.data).read_text("utf-8", "replace").splitlines()
         empty = transformers.GPT2Tokenizer(eos_token="<|end|>")
         return empty.train_new_from_iterator(lines, vocab_size=2048, show_progress=False)
@@ -639,7 +687,8 @@ def load_tokenizer(config):
 
 
 def load_model(config, tokenizer, rows, facts):
-    """The causal model --model, in float32. InputError if it lacks weights, or ids of the rows."""
+    """The causal model --model, in float32. InputError if weights or embeddings are
+    missing."""
     if config.model == "tiny":
         return tiny_model(config, tokenizer, rows)
     name = f"--model {config.model}"
@@ -652,13 +701,13 @@ def load_model(config, tokenizer, rows, facts):
     if facts.highest_id.max() >= model.get_input_embeddings().num_embeddings:
         raise InputError(f"{name} has fewer embeddings than its tokenizer has ids")
 
-    # A base model with a chat template learns an end token that is not its own. So that it stops
-    # there when it is used, its generation config must know this token.
+    # A base model with a chat template learns an end token that is not its own. Its
+    # generation config must know this token, so that answers stop there.
     generation = model.generation_config
     known = generation.eos_token_id
     if not isinstance(known, list):
         known = [known]
-    ends = {*known, *facts.end_token.tolist()} - {None}
+    ends = {*known, *facts.end_token} - {None}
     if ends != set(known):
         generation.eos_token_id = sorted(ends)
         with about(f"{name}: its generation config, which a run changes, cannot be saved"):
@@ -667,15 +716,18 @@ def load_model(config, tokenizer, rows, facts):
 
 
 def check_model(model, x, y, config):
-    """InputError if the model cannot score the longest prompt x with the longest completion y."""
-    # They may meet as a mismatched pair. At the end of a run, an answer may have 64 tokens.
+    """InputError if the model cannot score the longest prompt x with the longest
+    completion y."""
+    # They may meet as a mismatched pair, and `show_answers` writes up to 64 tokens.
     length = len(x) + max(len(y), 64)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and length > limit:
         raise InputError(f"--model takes {limit} tokens, not {length}: lower --max_prompt_length")
 
-    # completion_logps uses no mask: to a causal model, padding on the right makes no difference.
-    # This is compared in float32, because bfloat16 rounds differently for other lengths.
+    # completion_logps uses no mask, because padding on the right makes no difference
+    # to a causal model. Here the first token of y is scored alone, and then in a
+    # batch that pads it. This is done in float32, because bfloat16 rounds
+    # differently for other lengths.
     alone = score(model, [x], [y[:1]], 1)
     padded = score(model, [x, x], [y[:1], y], 2)
     if not padded.isfinite().all():
@@ -685,11 +737,13 @@ def check_model(model, x, y, config):
 
 
 def two_models(policy, config):
-    """(policy, reference): the model and its frozen copy, with forward passes in --dtype."""
+    """(policy, reference): the model and its frozen copy, with forward passes in
+    --dtype."""
     reference = copy.deepcopy(policy).requires_grad_(False)
 
-    # bfloat16 is for the forward passes; weights stay float32, so that small updates are not lost.
-    # It is set up after the copy, because the copy of a wrapped forward would call the policy's.
+    # bfloat16 is for the forward passes; weights stay float32, so that small updates
+    # are not lost. It is set up after the copy: a copy of a wrapped forward would
+    # still call the policy.
     if config.dtype == "bfloat16":
         for model in (policy, reference):
             model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
@@ -697,16 +751,19 @@ def two_models(policy, config):
 
 
 def rehearse(policy, reference, x, y, config):
-    """Try the largest step that can come, and return the micro_batch_size that fits into memory.
+    """Try the largest step that can come, and return the micro_batch_size that fits
+    into memory.
 
-    `x` is the longest prompt and `y` is the longest completion. The size is halved until a step
-    fits. This changes no result but for rounding, because z0 and the loss are means over all rows
-    of a batch. Raises InputError if not even one row fits.
+    `x` is the longest prompt and `y` is the longest completion. The size is halved
+    until a step fits. This changes no result but for rounding, because z0 and the
+    loss are means over all rows of a batch. Raises InputError if not even one row
+    fits.
     """
     default = config.batch_size if "cuda" in config.device else 8
     size = min(config.micro_batch_size or default, config.batch_size)
     while True:
-        # There are two micro-batches, because the second one needs memory beside the gradients.
+        # Two micro-batches, where a batch has two: the second one needs memory
+        # beside gradients.
         m = min(2 * size, config.batch_size)
         batch = {"prompt": [x] * m, "completion": [y] * m, "label": [True] * m}
         reserved = []
@@ -728,15 +785,17 @@ def rehearse(policy, reference, x, y, config):
         size //= 2
 
 
-# ---- The run -------------------------------------------------------------------------------------
+# ---- The run ----------------------------------------------------------------------
 
 
+# What decides the result of a run: a resumed run must have the same settings.
 DECISIVE = """model epochs batch_size lr beta lambda_d lambda_u max_prompt_length
     max_completion_length holdout dtype seed"""
 
 
 def save_checkpoint(path, parts, **others):
-    """Write the states of `parts` and the others; the file gets its name when it is complete."""
+    """Write the states of `parts` and the others; the file gets its name when it is
+    complete."""
     state = {name: part.state_dict() for name, part in parts.items()}
     partial = path.with_suffix(".partial")
     with about(f"{partial} cannot be written"):
@@ -745,30 +804,33 @@ def save_checkpoint(path, parts, **others):
 
 
 def load_checkpoint(path, parts, settings):
-    """Restore the states of `parts` and return all. InputError if the settings were different."""
+    """Restore the states of `parts`. Returns the step, and the size of the log at
+    that time."""
     with about(f"--resume cannot read {path}"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         earlier = state["settings"]
     for name, value in settings.items():
-        if earlier[name] != value:
-            raise InputError(f"--resume: {name} was {earlier[name]}, and now it is {value}")
+        if earlier.get(name) != value:
+            raise InputError(f"--resume: {name} was {earlier.get(name)}, and now it is {value}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    return state
+    return state["step"], state["log"]
 
 
 @torch.no_grad()
 def evaluate(policy, reference, held_out, batch_size, **settings):
     """The metrics of the held-out rows, in batches like those of training."""
-    starts = range(0, len(held_out) - 1, batch_size)  # a last batch of one row is left out
-    batches = [held_out[start : start + batch_size] for start in starts]
-    steps = [kto_step(policy, reference, batch, **settings) for batch in batches]
+    steps = []
+    for batch in held_out.iter(batch_size):
+        if len(batch["label"]) > 1:  # a last batch of one row is left out
+            steps.append(kto_step(policy, reference, batch, **settings))
     metrics = metrics_of(*map(torch.cat, zip(*steps)))
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def note_signals():
-    """From now on Ctrl-C and SIGTERM are only noted: returns the list that their numbers go to."""
+    """From now on Ctrl-C and SIGTERM are only noted: returns the list that their
+    numbers go to."""
     signals = []
 
     def note(number, frame):
@@ -783,61 +845,74 @@ def note_signals():
 
 
 def run(policy, reference, training, held_out, config, decisive):
-    """Train, with all that watches over it: log, chart, evaluation, checkpoints, signals."""
+    """Train, with all that watches over it: log, chart, evaluation, checkpoints,
+    signals."""
     per_epoch = len(training) // config.batch_size
     steps = config.epochs * per_epoch
+
+    # The paper names AdamW and the learning rate. The schedule is our choice: a
+    # tenth of the steps to warm up, then a cosine down to a tenth.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    schedule = transformers.get_scheduler(  # the schedule is our choice
+    schedule = transformers.get_scheduler(
         "cosine_warmup_with_min_lr", optimizer, steps // 10, steps, {"min_lr_rate": 0.1}
     )
+
+    # A resumed run goes on from its checkpoint, and its log is cut to the lines of
+    # that time.
     parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
     checkpoint = config.output / "checkpoint.pt"
-    state = {"step": 0, "log": 0}
+    step, log_size = 0, 0
     if config.resume and checkpoint.exists():
-        state = load_checkpoint(checkpoint, parts, decisive)
+        step, log_size = load_checkpoint(checkpoint, parts, decisive)
     else:
-        checkpoint.unlink(missing_ok=True)  # of an earlier run of the demo
-    step = state["step"]
+        checkpoint.unlink(missing_ok=True)  # what a stopped run of the demo left
     config.output.mkdir(parents=True, exist_ok=True)
     log = open(config.output / "metrics.jsonl", "a", buffering=1)
-    log.truncate(min(log.tell(), state["log"]))
+    log.truncate(min(log.tell(), log_size))
 
-    signals = note_signals()
+    signals, stopped = note_signals(), False
     names = ("beta", "lambda_d", "lambda_u", "micro_batch_size")
     settings = {name: getattr(config, name) for name in names}
     batches = training_batches(training, config, step)
-    entries = train(policy, reference, batches, optimizer, step, **settings)
+    training_steps = train(policy, reference, batches, optimizer, step, **settings)
     print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
     bar = tqdm(initial=step, total=steps, disable=None)
     while True:
+        # Here `step` steps are done, and a checkpoint of them is saved if an epoch
+        # or the run ends. An evaluation stands before the next step: a resumed run
+        # does one that was left out.
         is_epoch_end = step > 0 and step % per_epoch == 0
-        if is_epoch_end and len(held_out) > 1 and not signals:
+        if is_epoch_end and len(held_out) > 1 and not stopped:
             metrics = evaluate(policy, reference, held_out, config.batch_size, **settings)
             print(json.dumps({"step": step, **metrics}), file=log)
             loss, accuracy = metrics["eval_loss"], metrics["eval_accuracy"]
             bar.write(f"held out: loss {loss:.3f}, accuracy {accuracy:.2f}")
-        if signals:
+        if stopped or is_epoch_end and signals:
             raise SystemExit(128 + signals[0])
         if step == steps:
             break
-        metrics = next(entries)
+
+        # One step of the training loop of part one, and what is said about it.
+        metrics = next(training_steps)
         schedule.step()
         step += 1
         print(json.dumps(metrics), file=log)
         bar.update()
-        bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, z0 {metrics['z0']:.2f}, margin {metrics['margin']!s:.5}"
-        )
+        bar.set_postfix({name: metrics[name] for name in ("loss", "z0", "margin")})
         if metrics["step"] % math.ceil(steps / 16) == 0:
             bar.write(chart(metrics, config.beta))
-        if signals or step % per_epoch == 0 or config.save_every and step % config.save_every == 0:
+
+        stopped = bool(signals)  # a signal that comes later than this waits for the next step
+        if stopped or step % per_epoch == 0 or config.save_every and step % config.save_every == 0:
             save_checkpoint(checkpoint, parts, step=step, log=log.tell(), settings=decisive)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on a signal is obeyed
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on, at once
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def chart(metrics, beta):
-    """A step on an axis of r: D and U, the mean of each class, and z, which is z0."""
+    """A line of the chart, an axis of r: D and U, the mean of each class, and z,
+    which is z0."""
     marks = {"z": "z0", "U": "reward_undesirable", "D": "reward_desirable"}
     line = ["."] * 71
     for mark, name in marks.items():
@@ -858,7 +933,8 @@ def check_places(config):
     if (config.model, config.output.name) == ("tiny", "kto-tiny"):
         return  # the demo may be run again and again
 
-    # An unfinished run leaves a log and a checkpoint, a finished one a model and its .json files.
+    # An unfinished run leaves a log and a checkpoint, a finished one a model and its
+    # .json files.
     if config.resume and (config.output / "checkpoint.pt").exists():
         return
     if any(config.output.glob("*.json" if config.resume else "*")):
@@ -901,11 +977,11 @@ def main():
         print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}")
         print(f"memory   {config.micro_batch_size} rows fit, the longest were tried")
 
-        # A resumed run must have the same decisive settings and the same rows. The other settings
-        # change its result by rounding at most.
+        # A resumed run must have the same decisive settings and the same rows. The
+        # other settings change its result by rounding at most.
         decisive = {name: getattr(config, name) for name in DECISIVE.split()}
-        digests = facts[["digest", "label"]].to_csv().encode()
-        decisive["rows"] = hashlib.sha256(digests).hexdigest()
+        encoded = facts[["digest", "label"]].to_csv().encode()
+        decisive["rows"] = hashlib.sha256(encoded).hexdigest()
         checkpoint = config.output / "checkpoint.pt"
         try:
             run(policy, reference, training, held_out, config, decisive)
