@@ -568,7 +568,8 @@ def encode(row, tokenizer, config):
         "end_token": y[-1],
         "highest_id": max(x + y),
     }
-    return encoded | {"digest": hashlib.sha256(str(encoded).encode()).hexdigest()}
+    digest = hashlib.sha256(str(encoded).encode()).hexdigest()
+    return encoded | {"digest": digest[:16]}
 
 
 def load_rows(config, tokenizer, folder):
@@ -617,7 +618,7 @@ def describe(facts, training, held_out, tokenizer, config):
     has_both_labels = facts.groupby("digest").label.nunique() == 2
     print(f"labels   {has_both_labels.sum()} answers have both labels")
     not_used = sorted(set(" ".join(facts.not_used).split()))
-    print(f"columns  not used: {', '.join(not_used) or 'none'}")
+    print(f"columns  {len(not_used)} not used: {', '.join(not_used)}")
 
     cut_x = facts.prompt_tokens > config.max_prompt_length
     cut_y = facts.completion_tokens > config.max_completion_length

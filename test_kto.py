@@ -980,7 +980,7 @@ def test_what_will_be_trained_is_counted(shown):
     assert f"n_D = {good} desirable and n_U = {9 - good} undesirable" in printed
     assert f"4 rows held out, {sum(held_out['label'])} of them desirable" in printed
     assert "2 an epoch; 1 rows are left over" in printed
-    assert "0 answers have both labels" in printed and "not used: none" in printed
+    assert "0 answers have both labels" in printed and "columns  0 not used" in printed
 
 
 def test_each_row_is_either_trained_on_or_held_out_as_the_seed_decides(shown):
