@@ -678,7 +678,8 @@ def load_tokenizer(config):
     """The tokenizer of --model, which must have an end token; InputError if not."""
     if config.model == "tiny":  # a small one, trained on the lines of the data, braces and all
         lines = Path(config.data).read_text("utf-8", "replace").splitlines()
-        empty = transformers.GPT2Tokenizer(eos_token="<|end|>")
+        with about("--model tiny needs transformers 5"):
+            empty = transformers.GPT2Tokenizer(eos_token="<|end|>")
         return empty.train_new_from_iterator(lines, vocab_size=2048, show_progress=False)
     with about(f"--model {config.model} (offline? give a folder)"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
