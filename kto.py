@@ -846,6 +846,20 @@ def note_signals():
     return signals
 
 
+def start_or_resume(config, checkpoint, parts, decisive):
+    """(the step to begin with, the open log, cut to the lines from before this
+    step)."""
+    step, log_size = 0, 0
+    if config.resume and checkpoint.exists():
+        step, log_size = load_checkpoint(checkpoint, parts, decisive)
+    else:
+        checkpoint.unlink(missing_ok=True)  # what a stopped run of the demo left
+    config.output.mkdir(parents=True, exist_ok=True)
+    log = open(config.output / "metrics.jsonl", "a", buffering=1)
+    log.truncate(min(log.tell(), log_size))
+    return step, log
+
+
 def run(policy, reference, training, held_out, config, decisive):
     """Train, with all that watches over it: log, chart, evaluation, checkpoints,
     signals."""
@@ -859,18 +873,9 @@ def run(policy, reference, training, held_out, config, decisive):
         "cosine_warmup_with_min_lr", optimizer, steps // 10, steps, {"min_lr_rate": 0.1}
     )
 
-    # A resumed run goes on from its checkpoint, and its log is cut to the lines of
-    # that time.
     parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
     checkpoint = config.output / "checkpoint.pt"
-    step, log_size = 0, 0
-    if config.resume and checkpoint.exists():
-        step, log_size = load_checkpoint(checkpoint, parts, decisive)
-    else:
-        checkpoint.unlink(missing_ok=True)  # what a stopped run of the demo left
-    config.output.mkdir(parents=True, exist_ok=True)
-    log = open(config.output / "metrics.jsonl", "a", buffering=1)
-    log.truncate(min(log.tell(), log_size))
+    step, log = start_or_resume(config, checkpoint, parts, decisive)
 
     signals, stopped = note_signals(), False
     names = ("beta", "lambda_d", "lambda_u", "micro_batch_size")
