@@ -107,8 +107,7 @@ def reference_point(policy_next_logps, reference_next_logps):
 
 
 def completion_logps(model, prompts, completions):
-    """log pi(y|x) of each row: (B,), float32, in nats, summed (not averaged) over
-    y's tokens.
+    """log pi(y|x) of each row: (B,), float32, in nats, the sum over y's tokens.
 
     `model` is a causal LM of transformers; `prompts` and `completions` are two lists
     of B lists of token ids, not padded. The caller has put the end token at the end
@@ -124,8 +123,8 @@ def completion_logps(model, prompts, completions):
     rows = [torch.tensor([*x, *y]) for x, y in zip(prompts, completions, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)  # (B, T)
 
-    # The output at position t predicts the token at t + 1. For x = (a, b) and y =
-    # (c, d):
+    # The output at position t predicts the token at t + 1. An example is
+    # x = (a, b) and y = (c, d):
     #     outputs at  a   b   c
     #     targets     b   c   d        the same row, one token further on
     #     is_scored   0   1   1        1 where the target belongs to y
@@ -158,8 +157,7 @@ def completion_logps(model, prompts, completions):
 
 
 def micro_batches(prompts, completions, size):
-    """Split m rows into micro-batches. A micro-batch is what one call of a model
-    scores.
+    """Split m rows into micro-batches, each of which one call of a model scores.
 
     Yields (index, prompts, completions) of at most `size` rows. `index` is a tensor
     of the rows' places among the m rows.
@@ -173,8 +171,7 @@ def micro_batches(prompts, completions, size):
 
 @torch.no_grad()
 def score(model, prompts, completions, micro_batch_size):
-    """completion_logps of m rows, micro_batch_size at a time: (m,), in nats, without
-    gradient."""
+    """completion_logps of m rows, in micro-batches, without gradient: (m,)."""
     logps = torch.zeros(len(prompts), device=model.device)  # (m,)
     for index, x, y in micro_batches(prompts, completions, micro_batch_size):
         logps[index] = completion_logps(model, x, y)
@@ -182,8 +179,7 @@ def score(model, prompts, completions, micro_batch_size):
 
 
 def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
-    """Steps 2 to 5 on one batch: adds the gradient of the mean loss to the policy's
-    `.grad`.
+    """Steps 2 to 5 on one batch. The mean loss adds its gradient to the policy.
 
     `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m
     bools}. Its rows must be in random order: if two neighbours had the same prompt,
@@ -231,8 +227,7 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
 
 
 def metrics_of(losses, r, z0, kl, desirable):
-    """The metrics of a step, or of several steps: means over rows, as a dict of
-    floats.
+    """The metrics of one step, or of several: means over rows, a dict of floats.
 
     The arguments are tensors (m,), as `kto_step` returns them. Rewards, margin, z0
     and kl are in nats and are not multiplied by beta. The reward of a class without
@@ -291,8 +286,7 @@ def train(policy, reference, batches, optimizer, first_step=0, **settings):
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message says what was found, where, and
-    what to do."""
+    """The user's input cannot be used: the message says what, where, what to do."""
 
 
 @contextlib.contextmanager
@@ -327,17 +321,14 @@ class Config:
     max_completion_length: int = 512  # tokens; a longer completion loses its end
     holdout: float = 0.1  # share of the rows that are kept for evaluation; 0 keeps none
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto is cuda if there is one, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # auto: bfloat16 where a card computes in it
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if native
     seed: int = 0  # decides the split, the order of the rows and the tiny model
     save_every: int = 0  # steps between checkpoints; there is one at the end of each epoch anyway
     resume: bool = False  # go on from the checkpoint in --output; without one, start
 
 
 def read_flags():
-    """The Config of the command line, completed. --help prints the source of the
-    class above."""
+    """The Config of the command line, completed. --help prints the class above."""
     parser = transformers.HfArgumentParser(
         Config,
         description=inspect.getsource(Config),
@@ -444,8 +435,7 @@ def special_tokens(tokenizer):
 
 
 def render(row, tokenizer, special):
-    """A row as the model sees it: {"prompt": text, "completion": text, "goes_on":
-    text}.
+    """A row as the model sees it: {"prompt", "completion", "goes_on"}, three texts.
 
     Without a chat template, the texts of the row stay as they are. With one, two
     renderings are made: `asked` is the chat that waits for an answer, `answered` is
