@@ -464,15 +464,15 @@ def render(row, tokenizer, special):
         return "".join(special.sub("", text).split())
 
     # After the answer's own text, only special tokens and white space may follow.
-    answer_text = bare(answer[0]["content"])
-    if not bare(answered).endswith(answer_text):
+    bare_chat, bare_answer = bare(answered), bare(answer[0]["content"])
+    if not bare_chat.endswith(bare_answer):
         raise InputError(
             f"the chat template loses a part of the completion, or adds one: {answered[-80:]!r}"
         )
 
     # The prompt is the longest common beginning of both, but it must end before the
     # answer's own text, because an answer may itself begin with <think>.
-    before_answer = len(bare(answered)) - len(answer_text)
+    before_answer = len(bare_chat) - len(bare_answer)
     prompt = asked
     while not answered.startswith(prompt) or len(bare(prompt)) > before_answer:
         prompt = prompt[:-1]
