@@ -13,7 +13,7 @@ desirable or undesirable. One training step does this:
      completion of the first row.
   3. Score: sum the log-probabilities of a completion's tokens, under both models.
   4. Reference point: a mean over the m pairs (x, y').                         §4.1
-         z0 = max(0, mean of log pi_theta(y'|x) - log pi_ref(y'|x))
+         z0 = max(0, mean of (log pi_theta(y'|x) - log pi_ref(y'|x)))
   5. Loss: lambda_y - v for each row, with the reward r and the value v.       Eq. 8
          r = log pi_theta(y|x) - log pi_ref(y|x)
          v = lambda_D * sigmoid(beta * (r - z0))      if y is desirable
@@ -179,14 +179,14 @@ def score(model, prompts, completions, micro_batch_size):
 
 
 def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
-    """Steps 2 to 5 on one batch. The mean loss adds its gradient to the policy.
+    """Steps 2 to 5 on one batch: adds the gradient of the mean loss to the policy.
 
     `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m
     bools}. Its rows must be in random order: if two neighbours had the same prompt,
     the mismatched completion would be a real answer to it, and z0 would measure the
-    same as the rewards. The `micro_batch_size` changes no number, only the memory
-    that is needed. `settings` are beta, lambda_d and lambda_u. Both models must be
-    in eval mode, because dropout would be noise in r.
+    same as the rewards. The `micro_batch_size` changes the memory that is needed
+    and, by rounding, the last digits. `settings` are beta, lambda_d and lambda_u.
+    Both models must be in eval mode, because dropout would be noise in r.
 
     Returns (losses, r, z0, kl, desirable), tensors (m,) without gradient, for
     `metrics_of`. The kl of a row is the log-ratio of its mismatched pair. Under
@@ -269,7 +269,7 @@ def train(policy, reference, batches, optimizer, first_step=0, **settings):
     """
     for step, batch in enumerate(batches, start=first_step):  # 1. Take m rows.
         began = time.perf_counter()
-        metrics = metrics_of(*kto_step(policy, reference, batch, **settings))  # 2 to 5.
+        metrics = metrics_of(*kto_step(policy, reference, batch, **settings))  # Steps 2 to 5.
 
         # 6. Update, with the gradient clipped to a norm of 10 (Table 1).
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=10.0).item()
@@ -321,10 +321,10 @@ class Config:
     max_completion_length: int = 512  # tokens; a longer completion loses its end
     holdout: float = 0.1  # share of the rows that are kept for evaluation; 0 keeps none
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto is cuda if there is one, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if native
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the card has it
     seed: int = 0  # decides the split, the order of the rows and the tiny model
     save_every: int = 0  # steps between checkpoints; there is one at the end of each epoch anyway
-    resume: bool = False  # go on from the checkpoint in --output; without one, start
+    resume: bool = False  # go on from the checkpoint in --output; or start, without one
 
 
 def read_flags():
@@ -381,7 +381,7 @@ def parse_row(line):
     InputError."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
-        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair fails: it is no UTF-8
+        json.dumps(row, ensure_ascii=False).encode()  # fails at half a character, such as \ud800
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 text, so unpack or convert the file: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -439,11 +439,11 @@ def render(row, tokenizer, special):
 
     Without a chat template, the texts of the row stay as they are. With one, two
     renderings are made: `asked` is the chat that waits for an answer, `answered` is
-    the chat with the answer. The prompt is how both begin. The completion is the
-    rest of `answered`, and "goes_on" is the rest of `asked`. It is usually empty,
-    but a reasoning model may open a thought there. `special` is the pattern of
-    `special_tokens`. Raises InputError if the template loses a text, or adds one
-    after the answer.
+    the chat with the answer. The prompt is the beginning that both have in common.
+    The completion is the rest of `answered`, and goes_on is the rest of `asked`. It
+    is usually empty, but some templates of reasoning models write <think> there, and
+    the answered chat has none. `special` is the pattern of `special_tokens`. Raises
+    InputError if the template loses a text, or adds one after the answer.
     """
     messages = as_messages(row["prompt"], "user", special)
     answer = as_messages(row["completion"], "assistant", special)
@@ -509,8 +509,11 @@ def read_rows(path, tokenizer):
 
 
 def tokenise(texts, tokenizer):
-    """Columns of texts -> columns of token ids. A tokenizer is faster with many
-    texts at once."""
+    """Token ids of many rows: x is each prompt, both is prompt and completion
+    joined.
+
+    One call with many texts is faster than many calls.
+    """
     joined = [prompt + answer for prompt, answer in zip(texts["prompt"], texts["completion"])]
     is_plain = tokenizer.chat_template is None  # a chat template writes BOS by itself
     return {
@@ -520,19 +523,19 @@ def tokenise(texts, tokenizer):
 
 
 def encode(row, tokenizer, config):
-    """A row of text and of the ids x and both of `tokenise` -> a row of token ids,
-    with facts.
+    """Turn one row, with its texts and its x and both of `tokenise`, into token ids
+    and facts.
 
-    The prompt is what the model is given at inference. The completion is what it
-    then wrote, with an end token. Both are cut to their maximal lengths. Raises
-    InputError if one has no token.
+    The prompt is what the model is given at inference, but for goes_on. The
+    completion is what it then wrote, with an end token. Both are cut to their
+    maximal lengths. Raises InputError if one has no token.
     """
     x, both, eos = row["x"], row["both"], tokenizer.eos_token_id
     if tokenizer.chat_template is None and x[-1:] == [eos]:
         x = x[:-1]  # some tokenizers end every text with EOS
 
-    # If goes_on is not empty, the two renderings may part inside a token. Then the
-    # border between x and y moves left, to where this token begins.
+    # The place where asked and answered begin to differ may be inside a token. Then
+    # x becomes shorter, until it ends where a token of both ends.
     while row["goes_on"] and both[: len(x)] != x:
         x = x[:-1]
 
@@ -545,8 +548,8 @@ def encode(row, tokenizer, config):
     if not x or not y:
         raise InputError(f"{config.data}:{row['line']}: prompt or completion becomes no token")
 
-    # Most chat templates close an answer with a special token. If the last token is
-    # another one, EOS is added.
+    # Most chat templates close an answer with a special token: one that decode
+    # leaves out when it is asked to. If the last token is another one, EOS is added.
     last = y[-1:]
     if tokenizer.decode(last) == tokenizer.decode(last, skip_special_tokens=True):
         y = y + [eos]
@@ -563,7 +566,7 @@ def encode(row, tokenizer, config):
 
 
 def load_rows(config, tokenizer, folder):
-    """The rows of --data as token ids, and facts on each: a datasets.Dataset, on
+    """The rows of --data as token ids, and facts about each: a datasets.Dataset, on
     disk in `folder`.
 
     The folder must be new. In a used one, the cache of `datasets` could return older
@@ -734,8 +737,8 @@ def two_models(policy, config):
     reference = copy.deepcopy(policy).requires_grad_(False)
 
     # bfloat16 is for the forward passes; weights stay float32, so that small updates
-    # are not lost. It is set up after the copy: a copy of a wrapped forward would
-    # still call the policy.
+    # are not lost. autocast is set up after the copy: a copy of a wrapped forward
+    # would still call the policy.
     if config.dtype == "bfloat16":
         for model in (policy, reference):
             model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
@@ -743,8 +746,8 @@ def two_models(policy, config):
 
 
 def rehearse(policy, reference, x, y, config):
-    """Try the largest step that can come, and return the micro_batch_size that fits
-    into memory.
+    """Try the step that needs the most memory, and return the micro_batch_size that
+    fits into memory.
 
     `x` is the longest prompt and `y` is the longest completion. The size is halved
     until a step fits. This changes no result but for rounding, because z0 and the
@@ -754,8 +757,8 @@ def rehearse(policy, reference, x, y, config):
     default = config.batch_size if "cuda" in config.device else 8
     size = min(config.micro_batch_size or default, config.batch_size)
     while True:
-        # Two micro-batches, where a batch has two: the second one needs memory
-        # beside gradients.
+        # Try two micro-batches if a batch has more than one: during the second, the
+        # gradients of the first are in memory already.
         m = min(2 * size, config.batch_size)
         batch = {"prompt": [x] * m, "completion": [y] * m, "label": [True] * m}
         reserved = []
@@ -786,8 +789,11 @@ DECISIVE = """model epochs batch_size lr beta lambda_d lambda_u max_prompt_lengt
 
 
 def save_checkpoint(path, parts, **others):
-    """Write the states of `parts` and the others; the file gets its name when it is
-    complete."""
+    """Save the state of each part, and the values of `others`.
+
+    The file is written under another name first, so that a broken one replaces no
+    good one.
+    """
     state = {name: part.state_dict() for name, part in parts.items()}
     partial = path.with_suffix(".partial")
     with about(f"{partial} cannot be written"):
@@ -821,8 +827,8 @@ def evaluate(policy, reference, held_out, batch_size, **settings):
 
 
 def note_signals():
-    """From now on Ctrl-C and SIGTERM are only noted: returns the list that their
-    numbers go to."""
+    """From now on Ctrl-C and SIGTERM are only noted: returns the list to which their
+    numbers are added."""
     signals = []
 
     def note(number, frame):
@@ -837,13 +843,16 @@ def note_signals():
 
 
 def start_or_resume(config, checkpoint, parts, decisive):
-    """(the step to begin with, the open log, cut to the lines from before this
-    step)."""
+    """Load the checkpoint if the run resumes, and delete it if not.
+
+    Returns the step to begin with, and the open log without the lines of later
+    steps.
+    """
     step, log_size = 0, 0
     if config.resume and checkpoint.exists():
         step, log_size = load_checkpoint(checkpoint, parts, decisive)
     else:
-        checkpoint.unlink(missing_ok=True)  # what a stopped run of the demo left
+        checkpoint.unlink(missing_ok=True)  # only the demo has one here
     config.output.mkdir(parents=True, exist_ok=True)
     log = open(config.output / "metrics.jsonl", "a", buffering=1)
     log.truncate(min(log.tell(), log_size))
@@ -851,8 +860,7 @@ def start_or_resume(config, checkpoint, parts, decisive):
 
 
 def run(policy, reference, training, held_out, config, decisive):
-    """Train, with all that watches over it: log, chart, evaluation, checkpoints,
-    signals."""
+    """Train, with log, chart, evaluation, checkpoints and signals."""
     per_epoch = len(training) // config.batch_size
     steps = config.epochs * per_epoch
 
@@ -875,16 +883,16 @@ def run(policy, reference, training, held_out, config, decisive):
     print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
     bar = tqdm(initial=step, total=steps, disable=None)
     while True:
-        # Here `step` steps are done, and a checkpoint of them is saved if an epoch
-        # or the run ends. An evaluation stands before the next step: a resumed run
-        # does one that was left out.
+        # Here `step` steps are done. If an epoch has just ended, its checkpoint is
+        # saved, and the held-out rows are evaluated now. So a run that is stopped
+        # during the evaluation does it again when it is resumed.
         is_epoch_end = step > 0 and step % per_epoch == 0
         if is_epoch_end and len(held_out) > 1 and not stopped:
             metrics = evaluate(policy, reference, held_out, config.batch_size, **settings)
             print(json.dumps({"step": step, **metrics}), file=log)
             loss, accuracy = metrics["eval_loss"], metrics["eval_accuracy"]
             bar.write(f"held out: loss {loss:.3f}, accuracy {accuracy:.2f}")
-        if stopped or is_epoch_end and signals:
+        if stopped or (is_epoch_end and signals):  # only where a checkpoint was saved
             raise SystemExit(128 + signals[0])
         if step == steps:
             break
@@ -939,7 +947,7 @@ def check_places(config):
 
 
 def show_answers(policy, reference, tokenizer, prompts):
-    """Print the most likely answers, before and after the training."""
+    """Print greedy answers to some prompts, before and after the training."""
     for prompt in prompts:
         print("\n" + tokenizer.decode(prompt, skip_special_tokens=True))
         ids = torch.tensor([prompt], device=policy.device)
@@ -996,7 +1004,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # for consoles that lack a character
     try:
         main()
-    except (InputError, OSError, FloatingPointError) as error:
+    except (InputError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
