@@ -11,10 +11,12 @@ desirable or undesirable. One training step does this:
   1. Take m rows (x, y, label), in any mix of the two classes.
   2. Pair: give each x the completion y' of the next row, and the last x the
      completion of the first row.
-  3. Score: sum the log-probabilities of a completion's tokens, under both models.
+  3. Score y and y', each after x, under both models: sum the log-probabilities of
+     the completion's tokens.
   4. Reference point: a mean over the m pairs (x, y').                         §4.1
          z0 = max(0, mean of (log pi_theta(y'|x) - log pi_ref(y'|x)))
-  5. Loss: lambda_y - v for each row, with the reward r and the value v.       Eq. 8
+  5. Loss: lambda_y - v for each row, with the reward r and the value v. By the
+     label, lambda_y is lambda_D or lambda_U.                                  Eq. 8
          r = log pi_theta(y|x) - log pi_ref(y|x)
          v = lambda_D * sigmoid(beta * (r - z0))      if y is desirable
          v = lambda_U * sigmoid(beta * (z0 - r))      if y is undesirable
@@ -263,9 +265,9 @@ def train(policy, reference, batches, optimizer, first_step=0, **settings):
             print(metrics["loss"])
 
     `batches` is an iterable of what `kto_step` takes, and `settings` are its keyword
-    arguments. Yields the metrics of each step after its update; the steps are
-    numbered from `first_step`. Raises FloatingPointError before an update whose
-    gradient is infinite or NaN.
+    arguments. After each update, yields the metrics that were measured before it; the
+    steps are numbered from `first_step`. Raises FloatingPointError before an update
+    whose gradient is infinite or NaN.
     """
     for step, batch in enumerate(batches, start=first_step):  # 1. Take m rows.
         began = time.perf_counter()
@@ -717,7 +719,10 @@ def check_model(model, x, y, config):
     length = len(x) + max(len(y), 64)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and length > limit:
-        raise InputError(f"--model takes {limit} tokens, not {length}: lower --max_prompt_length")
+        raise InputError(
+            f"--model takes {limit} tokens, not {length}: "
+            "lower --max_prompt_length or --max_completion_length"
+        )
 
     # completion_logps uses no mask, because padding on the right makes no difference
     # to a causal model. Here the first token of y is scored alone, and then in a
@@ -911,7 +916,7 @@ def run(policy, reference, training, held_out, config, decisive):
         if stopped or step % per_epoch == 0 or config.save_every and step % config.save_every == 0:
             save_checkpoint(checkpoint, parts, step=step, log=log.tell(), settings=decisive)
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on, at once
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a signal ends the program again
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -943,7 +948,10 @@ def check_places(config):
     if config.resume and (config.output / "checkpoint.pt").exists():
         return
     if any(config.output.glob("*.json" if config.resume else "*")):
-        raise InputError(f"{config.output} is in use: name another, delete it, or --resume its run")
+        raise InputError(
+            f"{config.output} is in use: name another or delete it; "
+            "only a run that has not ended goes on with --resume"
+        )
 
 
 def show_answers(policy, reference, tokenizer, prompts):
