@@ -140,18 +140,20 @@ def completion_logps(model, prompts, completions):
 
     # Without the hook below one would write
     #     logits = model(input_ids=ids).logits[:, :-1][is_scored]
-    # and the model would compute logits of every position, most of which are thrown
-    # away. Logits are the largest tensor of all. The hook gives the model's last
-    # layer, its head, only the states that predict y: what the hook returns becomes
-    # the head's input. The hook is removed where the `with` block ends.
+    # The model's last layer, its head, would then turn the hidden state of every
+    # position into V logits, and most of these would be thrown away. Logits are the
+    # largest tensor of all. The hook runs before the head, and what it returns
+    # becomes the head's input: the hidden states whose targets are scored. The hook
+    # is removed where the `with` block ends.
     def keep_scored(head, inputs):
         return inputs[0][:, :-1][is_scored]  # (B, T, H) -> (N, H)
 
     with model.get_output_embeddings().register_forward_pre_hook(keep_scored):
         logits = model(input_ids=ids, use_cache=False).logits.float()  # (N, V)
 
-    # cross_entropy returns minus the log-probability of each scored token. These go
-    # back to their places, all other places are 0, and each row is summed.
+    # cross_entropy returns minus the log-probability of each scored token. With the
+    # sign turned round, each one goes back to its place in its row. All other places
+    # are 0, and each row is summed.
     nll = torch.nn.functional.cross_entropy(logits, targets[is_scored], reduction="none")  # (N,)
     token_logps = torch.zeros_like(targets, dtype=torch.float)  # (B, T - 1)
     token_logps[is_scored] = -nll
@@ -191,7 +193,8 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     Both models must be in eval mode, because dropout would be noise in r.
 
     Returns (losses, r, z0, kl, desirable), tensors (m,) without gradient, for
-    `metrics_of`. The kl of a row is the log-ratio of its mismatched pair. Under
+    `metrics_of`. The kl of a row is log pi_theta(y'|x) - log pi_ref(y'|x), where y'
+    is the completion of the next row; their mean, clamped at 0, is z0. Under
     `torch.no_grad()` the step only evaluates. Raises ValueError if m < 2.
     """
     prompts, completions = batch["prompt"], batch["completion"]
@@ -224,7 +227,7 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
         losses[index] = loss.detach()
 
     r = policy_logps - reference_logps  # (m,)
-    kl = policy_next_logps - reference_next_logps  # (m,), its mean is z0 before the clamp
+    kl = policy_next_logps - reference_next_logps  # (m,)
     return losses, r, z0.expand(m), kl, desirable
 
 
@@ -292,7 +295,7 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def about(what):
+def errors_about(what):
     """Turns an error of a library into an InputError that begins with `what`.
 
     The block holds only calls of libraries, on something that the user named. Errors
@@ -458,7 +461,7 @@ def render(row, tokenizer, special):
             raise InputError("messages need a chat template, and this tokenizer has none")
         return {"prompt": row["prompt"], "completion": row["completion"], "goes_on": ""}
 
-    with about("the chat template cannot render it"):
+    with errors_about("the chat template cannot render it"):
         asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         answered = tokenizer.apply_chat_template(messages + answer, tokenize=False)
 
@@ -673,10 +676,10 @@ def load_tokenizer(config):
     """The tokenizer of --model, which must have an end token; InputError if not."""
     if config.model == "tiny":  # a small one, trained on the lines of the data, braces and all
         lines = Path(config.data).read_text("utf-8", "replace").splitlines()
-        with about("--model tiny needs transformers 5"):
+        with errors_about("--model tiny needs transformers 5"):
             empty = transformers.GPT2Tokenizer(eos_token="<|end|>")
         return empty.train_new_from_iterator(lines, vocab_size=2048, show_progress=False)
-    with about(f"--model {config.model} (offline? give a folder)"):
+    with errors_about(f"--model {config.model} (offline? give a folder)"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {config.model}: its tokenizer has no EOS token; give it one")
@@ -689,7 +692,7 @@ def load_model(config, tokenizer, rows, facts):
     if config.model == "tiny":
         return tiny_model(config, tokenizer, rows)
     name = f"--model {config.model}"
-    with about(name):
+    with errors_about(name):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=torch.float32, output_loading_info=True
         )
@@ -707,7 +710,7 @@ def load_model(config, tokenizer, rows, facts):
     ends = {*known, *facts.end_token} - {None}
     if ends != set(known):
         generation.eos_token_id = sorted(ends)
-        with about(f"{name}: its generation config, which a run changes, cannot be saved"):
+        with errors_about(f"{name}: its generation config, which a run changes, cannot be saved"):
             generation.validate(strict=True)
     return model
 
@@ -801,7 +804,7 @@ def save_checkpoint(path, parts, **others):
     """
     state = {name: part.state_dict() for name, part in parts.items()}
     partial = path.with_suffix(".partial")
-    with about(f"{partial} cannot be written"):
+    with errors_about(f"{partial} cannot be written"):
         torch.save(state | others, partial)
         partial.replace(path)
 
@@ -809,7 +812,7 @@ def save_checkpoint(path, parts, **others):
 def load_checkpoint(path, parts, settings):
     """Restore the states of `parts`. Returns the step, and the size of the log at
     that time."""
-    with about(f"--resume cannot read {path}"):
+    with errors_about(f"--resume cannot read {path}"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         earlier = state["settings"]
     for name, value in settings.items():
@@ -857,7 +860,7 @@ def start_or_resume(config, checkpoint, parts, decisive):
     if config.resume and checkpoint.exists():
         step, log_size = load_checkpoint(checkpoint, parts, decisive)
     else:
-        checkpoint.unlink(missing_ok=True)  # only the demo has one here
+        checkpoint.unlink(missing_ok=True)  # an earlier demo that was stopped may have left one
     config.output.mkdir(parents=True, exist_ok=True)
     log = open(config.output / "metrics.jsonl", "a", buffering=1)
     log.truncate(min(log.tell(), log_size))
@@ -943,8 +946,10 @@ def check_places(config):
     if (config.model, config.output.name) == ("tiny", "kto-tiny"):
         return  # the demo may be run again and again
 
-    # An unfinished run leaves a log and a checkpoint, a finished one a model and its
-    # .json files.
+    # A folder with a checkpoint holds a run that has not ended, so it may go on. A
+    # run that was stopped before its first checkpoint leaves only a log, so it may
+    # start again with --resume. A finished run leaves a model with its .json files,
+    # which must not be overwritten.
     if config.resume and (config.output / "checkpoint.pt").exists():
         return
     if any(config.output.glob("*.json" if config.resume else "*")):
@@ -974,7 +979,10 @@ def main():
         facts = rows.remove_columns(["prompt", "completion"]).to_pandas()
         count = math.ceil(len(rows) * config.holdout)
         if len(rows) - count < config.batch_size:
-            raise InputError(f"{len(rows)} rows, less {count} for --holdout, fill no --batch_size")
+            raise InputError(
+                f"--data has {len(rows)} rows and {count} are held out; the rest is less than "
+                f"one batch: lower --batch_size {config.batch_size} or --holdout"
+            )
         shuffled = rows.shuffle(seed=config.seed)
         training, held_out = shuffled.skip(count), shuffled.take(count)
         describe(facts, training, held_out, tokenizer, config)
@@ -982,7 +990,7 @@ def main():
         x = rows[int(facts.prompt_tokens.argmax())]["prompt"]
         y = rows[int(facts.completion_tokens.argmax())]["completion"]
         model = load_model(config, tokenizer, training, facts)
-        with about(f"--device {config.device}"):
+        with errors_about(f"--device {config.device}"):
             model.to(config.device).eval()  # eval mode: no dropout, which would be noise in r
         check_model(model, x, y, config)
         policy, reference = two_models(model, config)
@@ -998,7 +1006,7 @@ def main():
         checkpoint = config.output / "checkpoint.pt"
         try:
             run(policy, reference, training, held_out, config, decisive)
-            with about(f"--output {config.output} cannot be written"):
+            with errors_about(f"--output {config.output} cannot be written"):
                 policy.save_pretrained(config.output)
                 tokenizer.save_pretrained(config.output)
             checkpoint.unlink()

@@ -1040,7 +1040,7 @@ def test_a_row_is_shown_as_the_model_sees_it_with_its_border_and_what_inference_
 
 
 def test_a_file_whose_rows_fill_no_batch_is_refused(shown):
-    with pytest.raises(kto.InputError, match="8 rows, less 1 .*--batch_size"):
+    with pytest.raises(kto.InputError, match="8 rows and 1 are held out.*--batch_size"):
         shown("abcdefgh", "--batch_size 8 --holdout 0.1")
     shown("abcdefghi", "--batch_size 8 --holdout 0.1")
 
@@ -1673,7 +1673,7 @@ def test_what_cannot_be_used_is_one_line_and_status_2(refused, tmp_path, monkeyp
     assert refused(output, f"--model tiny --data {data}").startswith(f"{data}:1: ")
     assert "no such file" in refused(output, f"--data {tmp_path}/none")
     assert "--device nowhere" in refused(output, "--device nowhere")
-    assert "fill no --batch_size" in refused(output, "--batch_size 19")
+    assert "less than one batch" in refused(output, "--batch_size 19")
     assert not output.exists()
     assert "norm is nan; lower the lr" in refused(output, "--lr 1e30 --save_every 1")
     assert f"The last checkpoint is {output}" in refused.stdout  # of the step before
