@@ -102,8 +102,8 @@ def reference_point(policy_next_logps, reference_next_logps):
     - Why the clamp: a KL divergence is never negative, but its estimate from m pairs
       can be.
     - Why no gradient: r is measured from z0, and the policy must not gain by moving
-      z0. In this file the pairs are scored without gradient anyway; `detach`
-      protects a copy of this function.
+      z0. In this file the pairs are scored without gradient anyway; `detach` is for
+      readers who copy this function into code that scores them with gradient.
     """
     return (policy_next_logps - reference_next_logps).mean().clamp(min=0).detach()
 
@@ -186,9 +186,9 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     """Steps 2 to 5 on one batch: adds the gradient of the mean loss to the policy.
 
     `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m
-    bools}. Its rows must be in random order: if two neighbours had the same prompt,
-    the mismatched completion would be a real answer to it, and z0 would measure the
-    same as the rewards. The `micro_batch_size` changes the memory that is needed
+    bools}. Its rows must be in random order, so that neighbours rarely have the same
+    prompt: the mismatched completion would be a real answer to it, and z0 would
+    measure the same as the rewards. The `micro_batch_size` changes the memory that is needed
     and, by rounding, the last digits. `settings` are beta, lambda_d and lambda_u.
     Both models must be in eval mode, because dropout would be noise in r.
 
@@ -228,6 +228,7 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
 
     r = policy_logps - reference_logps  # (m,)
     kl = policy_next_logps - reference_next_logps  # (m,)
+    # The one z0 is repeated for each row, so that several steps can be joined.
     return losses, r, z0.expand(m), kl, desirable
 
 
@@ -324,12 +325,12 @@ class Config:
     lambda_u: float = 1.0  # lambda_U, the weight of undesirable rows (Eq. 9)
     max_prompt_length: int = 512  # tokens; a longer prompt loses its beginning
     max_completion_length: int = 512  # tokens; a longer completion loses its end
-    holdout: float = 0.1  # share of the rows that are kept for evaluation; 0 keeps none
+    holdout: float = 0.1  # share of the rows (not prompts) that is kept for evaluation
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto is cuda if there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the card has it
     seed: int = 0  # decides the split, the order of the rows and the tiny model
     save_every: int = 0  # steps between checkpoints; there is one at the end of each epoch anyway
-    resume: bool = False  # go on from the checkpoint in --output; or start, without one
+    resume: bool = False  # continue from the checkpoint in --output; start if there is none
 
 
 def read_flags():
@@ -408,7 +409,7 @@ def as_messages(value, role, special):
     """Returns messages: a text becomes one message, a list stays as it is. Raises
     InputError."""
     if not isinstance(value, (str, list)) or not value:
-        raise InputError(f"neither a text nor a list of messages: {value!r:.80}")
+        raise InputError(f"must be a text or a list of messages, not empty: {value!r:.80}")
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     for message in value:
@@ -457,7 +458,7 @@ def render(row, tokenizer, special):
     if messages[-1]["role"] == "assistant":
         raise InputError("prompt ends with an answer: completion must be the whole answer")
     if tokenizer.chat_template is None:
-        if messages is row["prompt"] or answer is row["completion"]:  # one was a list before
+        if isinstance(row["prompt"], list) or isinstance(row["completion"], list):
             raise InputError("messages need a chat template, and this tokenizer has none")
         return {"prompt": row["prompt"], "completion": row["completion"], "goes_on": ""}
 
@@ -514,47 +515,49 @@ def read_rows(path, tokenizer):
 
 
 def tokenise(texts, tokenizer):
-    """Token ids of many rows: x is each prompt, both is prompt and completion
-    joined.
+    """Token ids of many rows: x is each prompt, joined is each prompt with its
+    completion.
 
     One call with many texts is faster than many calls.
     """
-    joined = [prompt + answer for prompt, answer in zip(texts["prompt"], texts["completion"])]
+    both = [prompt + answer for prompt, answer in zip(texts["prompt"], texts["completion"])]
     is_plain = tokenizer.chat_template is None  # a chat template writes BOS by itself
     return {
         "x": tokenizer(texts["prompt"], add_special_tokens=is_plain).input_ids,
-        "both": tokenizer(joined, add_special_tokens=is_plain).input_ids,
+        "joined": tokenizer(both, add_special_tokens=is_plain).input_ids,
     }
 
 
 def encode(row, tokenizer, config):
-    """Turn one row, with its texts and its x and both of `tokenise`, into token ids
-    and facts.
+    """Turn one row, with the texts of `render` and the ids of `tokenise`, into token
+    ids and facts.
 
-    The prompt is what the model is given at inference, but for goes_on. The
-    completion is what it then wrote, with an end token. Both are cut to their
-    maximal lengths. Raises InputError if one has no token.
+    The result has the ids of the prompt, and those of the completion with an end
+    token. Prompt and completion are cut to their maximal lengths. Raises InputError
+    if one of them has no token.
     """
-    x, both, eos = row["x"], row["both"], tokenizer.eos_token_id
+    x, joined, eos = row["x"], row["joined"], tokenizer.eos_token_id
     if tokenizer.chat_template is None and x[-1:] == [eos]:
         x = x[:-1]  # some tokenizers end every text with EOS
 
-    # The place where asked and answered begin to differ may be inside a token. Then
-    # x becomes shorter, until it ends where a token of both ends.
-    while row["goes_on"] and both[: len(x)] != x:
+    # If at inference the prompt goes on, the prompt's end may be inside a token of
+    # the joined text. Then x becomes shorter, until it ends where such a token ends.
+    while row["goes_on"] and joined[: len(x)] != x:
         x = x[:-1]
 
-    # y is taken from the ids of the joined text, because some tokenizers would put a
-    # space before it otherwise. It is tokenised alone only if a token lies across
-    # the border.
-    y = both[len(x) :]
-    if both[: len(x)] != x:
+    # y is taken from the ids of the joined text, because some tokenizers put a space
+    # before a text that stands alone. If the prompt does not go on, the model is
+    # given x as it is at inference, so x must not become shorter. If a token then
+    # lies across the border, y is tokenised alone.
+    y = joined[len(x) :]
+    if joined[: len(x)] != x:
         y = tokenizer(row["completion"], add_special_tokens=False).input_ids
     if not x or not y:
         raise InputError(f"{config.data}:{row['line']}: prompt or completion becomes no token")
 
-    # Most chat templates close an answer with a special token: one that decode
-    # leaves out when it is asked to. If the last token is another one, EOS is added.
+    # Most chat templates close an answer with a special token. A token is special if
+    # `skip_special_tokens` removes it. If the last token is not special, EOS is
+    # added.
     last = y[-1:]
     if tokenizer.decode(last) == tokenizer.decode(last, skip_special_tokens=True):
         y = y + [eos]
@@ -605,7 +608,11 @@ def training_batches(rows, config, first_step):
 
 def describe(facts, training, held_out, tokenizer, config):
     """Print what will be trained: counts, what is cut or not used, a row as the
-    model sees it."""
+    model sees it.
+
+    `facts` is a pandas table with a line for each row of the file, those that are
+    held out included.
+    """
     n_d = sum(training["label"][:])
     n_u = len(training) - n_d
     steps, left_over = divmod(len(training), config.batch_size)
@@ -620,7 +627,7 @@ def describe(facts, training, held_out, tokenizer, config):
 
     cut_x = facts.prompt_tokens > config.max_prompt_length
     cut_y = facts.completion_tokens > config.max_completion_length
-    print(f"cut      {cut_x.sum()} prompts lose their beginning, so system turns go first")
+    print(f"cut      {cut_x.sum()} prompts lose their beginning, with BOS and a system turn")
     print(f"         {cut_y.sum()} completions lose their end (see --max_completion_length)")
     if cut_y.mean() > 0.5:
         print("WARNING  most completions are cut, so that the model does not learn to end")
@@ -771,7 +778,8 @@ def rehearse(policy, reference, x, y, config):
         batch = {"prompt": [x] * m, "completion": [y] * m, "label": [True] * m}
         reserved = []
         try:
-            # AdamW will need two numbers for each parameter.
+            # AdamW will need two numbers for each parameter. The list is emptied
+            # below, even if this memory cannot be had.
             reserved.append(torch.empty(2, policy.num_parameters(), device=policy.device))
             kto_step(policy, reference, batch, size)
             return size
@@ -900,7 +908,9 @@ def run(policy, reference, training, held_out, config, decisive):
             print(json.dumps({"step": step, **metrics}), file=log)
             loss, accuracy = metrics["eval_loss"], metrics["eval_accuracy"]
             bar.write(f"held out: loss {loss:.3f}, accuracy {accuracy:.2f}")
-        if stopped or (is_epoch_end and signals):  # only where a checkpoint was saved
+        # The run ends only where a checkpoint of this very step was saved: after a
+        # step during which a signal came, or at the end of an epoch.
+        if stopped or (is_epoch_end and signals):
             raise SystemExit(128 + signals[0])
         if step == steps:
             break

@@ -599,10 +599,10 @@ def test_each_kind_of_bad_row_is_refused_with_what_is_there_and_what_should_be(t
         assert words in message
 
 
-NO_MESSAGES = r"""5  ->  neither a text nor a list of messages: 5
-null  ->  neither a text nor a list of messages: None
-[]  ->  neither a text nor a list of messages: []
-{"role": "assistant", "content": "a"}  ->  neither a text nor a list of messages: {'role'
+NO_MESSAGES = r"""5  ->  must be a text or a list of messages, not empty: 5
+null  ->  must be a text or a list of messages, not empty: None
+[]  ->  must be a text or a list of messages, not empty: []
+{"role": "assistant", "content": "a"}  ->  must be a text or a list of messages, not empty: {'role'
 ["a"]  ->  the role of a message must be a text: 'a'
 [{"content": "a"}]  ->  the role of a message must be a text: {'content': 'a'}
 [{"role": 1, "content": "a"}]  ->  the role of a message must be a text: {'role': 1
@@ -678,7 +678,7 @@ def settings_for(folder, letters, holdout=0, **others):
 
 
 def test_a_row_or_a_file_without_a_token_is_refused(tmp_path):
-    with pytest.raises(kto.InputError, match="rows.jsonl:2: neither a text"):
+    with pytest.raises(kto.InputError, match="rows.jsonl:2: must be a text"):
         loaded(settings_for(tmp_path, ["a", ""]))
     with pytest.raises(kto.InputError, match="rows.jsonl has no rows"):
         loaded(settings_for(tmp_path, []))
@@ -733,7 +733,7 @@ def texts(tokenizer, prompt="Hi", completion="Hello", config=kto.Config()):
     row = {"prompt": prompt, "completion": completion}
     row = kto.render(row, tokenizer, kto.special_tokens(tokenizer)) | {"line": 1}
     ids = kto.tokenise({key: [text] for key, text in row.items()}, tokenizer)
-    row = kto.encode(row | {"x": ids["x"][0], "both": ids["both"][0]}, tokenizer, config)
+    row = kto.encode(row | {"x": ids["x"][0], "joined": ids["joined"][0]}, tokenizer, config)
     return decoded(row["prompt"], row["completion"])
 
 
@@ -796,7 +796,7 @@ def test_the_border_lies_between_tokens_where_inference_opens_a_thought_that_is_
     )
     ids = kto.tokenise({key: [text] for key, text in row.items()}, tokenizer)
     row = kto.encode(
-        row | {"line": 1, "x": ids["x"][0], "both": ids["both"][0]}, tokenizer, kto.Config()
+        row | {"line": 1, "x": ids["x"][0], "joined": ids["joined"][0]}, tokenizer, kto.Config()
     )
     assert tokenizer.decode(row["prompt"]) == "<|user|>Hi<|assistant|>"
     assert tokenizer.decode(row["completion"]) == "</think>Hello</s>"
