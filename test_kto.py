@@ -5,6 +5,7 @@ pytest                  the claims; a few need TRL, or a chat model's folder in 
 python test_kto.py      the paper in miniature: KTO beside DPO and SFT, four minutes
 """
 
+import ast
 import contextlib
 import copy
 import functools
@@ -2154,7 +2155,7 @@ def test_the_readmes_training_step_has_the_loss_of_kto_step():
 def test_the_readmes_reference_without_adapter_is_the_base_model():
     pytest.importorskip("peft", reason="needs: pip install peft==0.21.2")
     base, batch = random_model(std=0.3), batch_of("DUUDU")
-    policy, reference = defined_by("from peft")["add_lora"](copy.deepcopy(base))
+    policy, reference = defined_by("# kto_with_lora.py")["add_lora"](copy.deepcopy(base))
     adapter = [weight for weight in policy.parameters() if weight.requires_grad]
 
     # A new adapter changes nothing: r = z0 = 0 in the first step. Then the loss falls.
@@ -2180,12 +2181,18 @@ def test_the_readmes_converters_make_rows():
     rows = make["thumbs_to_rows"](events)
     rows += make["pair_to_rows"]({"prompt": "a", "chosen": "b", "rejected": "c"})
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    rows.append(make["sharegpt_to_row"](turns, True))
+    rows += make["sharegpt_to_rows"](turns, [None, "up"])
     assert [row["label"] for row in rows] == [False, True, True, False, True]
     for row, answer in zip(rows, "bbbcb"):
         assert texts(byte_tokenizer(BARE), row["prompt"], row["completion"]) == (
             f"user: a\nassistant:  -> {answer}</s>"
         )
+
+    # Of a chat with two rated answers, the later prompt has the earlier answer.
+    rows = make["chat_to_rows"]([*CHAT, ANSWER], [None, None, "down", None, "up"])
+    assert [row["label"] for row in rows] == [False, True]
+    assert [row["prompt"] for row in rows] == [CHAT[:2], CHAT]
+    assert [row["completion"] for row in rows] == [[ANSWER], [ANSWER]]
 
 
 def test_the_readmes_rows_are_rows_and_its_metrics_those_of_the_log(whole):
@@ -2196,15 +2203,22 @@ def test_the_readmes_rows_are_rows_and_its_metrics_those_of_the_log(whole):
     assert explained >= read_log(whole)[0].keys()
 
 
+def run_of_the_readmes_script(start, folder):
+    """Runs the script on a model and 40 rows of which 10 are desirable: (output folder, stdout)."""
+    random_model(std=0.3).save_pretrained(folder / "model")
+    byte_tokenizer(CHATML).save_pretrained(folder / "model")
+    rows = [(f"Say {i}", "no" * (i % 4 + 1), i % 4 == 0) for i in range(40)]
+    data = write_rows(folder / "rows.jsonl", rows)
+    script, output = folder / "script.py", folder / "output"
+    script.write_text(readme_block(start))
+    command = [sys.executable, script, folder / "model", data, output]
+    environment = os.environ | {"PYTHONPATH": str(Path(kto.__file__).parent)}
+    return output, subprocess.check_output(command, env=environment, text=True)
+
+
 def test_the_readmes_script_trains_an_adapter_with_trl_evaluates_and_saves(tmp_path):
     pytest.importorskip("trl", reason="needs: pip install trl==1.16.0 peft==0.21.2")
-    random_model(std=0.3).save_pretrained(tmp_path / "model")
-    byte_tokenizer(CHATML).save_pretrained(tmp_path / "model")
-    rows = [(f"Say {i}", "no" * (i % 4 + 1), i % 4 == 0) for i in range(40)]
-    data = write_rows(tmp_path / "rows.jsonl", rows)
-    script, output = tmp_path / "kto_with_trl.py", tmp_path / "output"
-    script.write_text(readme_block("# kto_with_trl.py"))
-    subprocess.check_output([sys.executable, script, tmp_path / "model", data, output])
+    output, _ = run_of_the_readmes_script("# kto_with_trl.py", tmp_path)
 
     # At first r = z0 = 0, so that the loss is half the mean weight. About 9 of 36 rows are
     # desirable and weigh 3, so the mean weight is about 1.5.
@@ -2213,6 +2227,23 @@ def test_the_readmes_script_trains_an_adapter_with_trl_evaluates_and_saves(tmp_p
     assert log[0]["kl"] == 0 and 0.65 < log[0]["loss"] < 0.85
     assert log[-1]["epoch"] == 3 and "eval_loss" in log[-1]
     assert (output / "adapter_model.safetensors").exists()
+
+
+def test_the_readmes_script_trains_an_adapter_evaluates_saves_and_it_can_be_merged(tmp_path):
+    pytest.importorskip("peft", reason="needs: pip install peft==0.21.2")
+    output, printed = run_of_the_readmes_script("# kto_with_lora.py", tmp_path)
+    *steps, evaluation = [ast.literal_eval(line) for line in printed.splitlines()]
+    assert len(steps) == 3 and steps[0]["z0"] == 0 and 0.65 < steps[0]["loss"] < 0.85
+    assert math.isfinite(evaluation["eval_loss"])
+
+    # The merged model is another one than the model before the training.
+    (tmp_path / "adapter").symlink_to(output)
+    code = readme_block("import torch\nfrom peft import Auto")
+    subprocess.check_call([sys.executable, "-c", code], cwd=tmp_path)
+    before, after = load(tmp_path / "model"), load(tmp_path / "merged")
+    assert before.state_dict().keys() == after.state_dict().keys()
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(before.state_dict()[name], after.state_dict()[name])
 
 
 # ---- The paper in miniature: python test_kto.py --------------------------------------------------
