@@ -21,6 +21,8 @@ desirable or undesirable. One training step does this:
          v = lambda_D * sigmoid(beta * (r - z0))      if y is desirable
          v = lambda_U * sigmoid(beta * (z0 - r))      if y is undesirable
   6. Update: step down the gradient of the mean loss, where z0 is a constant.  Eq. 10
+     Where r is far from z0, sigmoid is flat, and the row has almost no gradient.
+     A larger beta makes it flat nearer to z0.
 
 A step costs four forward passes, three of them without gradient, and one backward
 pass.
@@ -29,7 +31,7 @@ pass.
   pi_theta, pi_ref      policy, reference   the model in training, its frozen start
   log pi(y|x)           logps               log-probability of a completion, in nats
   r_theta(x, y), z_0    r, z0               reward of a row, reference point of a batch
-  v(x, y), beta         v, beta             value of a row, and how soon it saturates
+  v(x, y), beta         v, beta             value of a row, and how soon v becomes flat
   lambda_D, lambda_U    lambda_d, lambda_u  weights of desirable and undesirable rows
 
 Shapes: m rows per step, B rows per call of a model, T tokens per row with padding,
@@ -161,7 +163,7 @@ def completion_logps(model, prompts, completions):
 
 
 def micro_batches(prompts, completions, size):
-    """Split m rows into micro-batches, each of which one call of a model scores.
+    """Split m rows into micro-batches. One call of a model scores one micro-batch.
 
     Yields (index, prompts, completions) of at most `size` rows. `index` is a tensor
     of the rows' places among the m rows.
@@ -187,10 +189,11 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
 
     `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m
     bools}. Its rows must be in random order, so that neighbours rarely have the same
-    prompt: the mismatched completion would be a real answer to it, and z0 would
-    measure the same as the rewards. The `micro_batch_size` changes the memory that is needed
-    and, by rounding, the last digits. `settings` are beta, lambda_d and lambda_u.
-    Both models must be in eval mode, because dropout would be noise in r.
+    prompt. If they had, the mismatched completion would be a real answer to this
+    prompt, and z0 would measure the same as the rewards. The `micro_batch_size`
+    changes the memory that is needed and, by rounding, the last digits. `settings`
+    are beta, lambda_d and lambda_u. Both models must be in eval mode, because
+    dropout would be noise in r.
 
     Returns (losses, r, z0, kl, desirable), tensors (m,) without gradient, for
     `metrics_of`. The kl of a row is log pi_theta(y'|x) - log pi_ref(y'|x), where y'
@@ -318,14 +321,14 @@ class Config:
     output: str | None = None  # folder for the result; if not given, kto-MODEL
     epochs: int = 3  # passes over the data
     batch_size: int = 32  # m, the rows of one step; 8 to 128 are useful
-    micro_batch_size: int | None = None  # rows in memory at once; if not given, it is found
+    micro_batch_size: int | None = None  # most rows in memory at once; halved until a step fits
     lr: float | None = None  # peak learning rate; if not given, 5e-6, and 5e-4 for "tiny"
-    beta: float = 0.1  # a larger beta saturates sooner and keeps the policy nearer the reference
+    beta: float = 0.1  # a larger beta keeps the policy nearer the reference
     lambda_d: float = 1.0  # lambda_D, the weight of desirable rows (Eq. 9)
     lambda_u: float = 1.0  # lambda_U, the weight of undesirable rows (Eq. 9)
     max_prompt_length: int = 512  # tokens; a longer prompt loses its beginning
     max_completion_length: int = 512  # tokens; a longer completion loses its end
-    holdout: float = 0.1  # share of the rows (not prompts) that is kept for evaluation
+    holdout: float = 0.1  # share of the rows for evaluation; their prompts may be in training too
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto is cuda if there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the card has it
     seed: int = 0  # decides the split, the order of the rows and the tiny model
@@ -443,13 +446,15 @@ def special_tokens(tokenizer):
 def render(row, tokenizer, special):
     """A row as the model sees it: {"prompt", "completion", "goes_on"}, three texts.
 
-    Without a chat template, the texts of the row stay as they are. With one, two
+    Without a chat template, the texts of the row stay as they are, and nothing is
+    put between prompt and completion. With one, two
     renderings are made: `asked` is the chat that waits for an answer, `answered` is
     the chat with the answer. The prompt is the beginning that both have in common.
     The completion is the rest of `answered`, and goes_on is the rest of `asked`. It
-    is usually empty, but some templates of reasoning models write <think> there, and
-    the answered chat has none. `special` is the pattern of `special_tokens`. Raises
-    InputError if the template loses a text, or adds one after the answer.
+    is usually empty. Some templates of reasoning models end `asked` with <think>,
+    which `answered` lacks, and then goes_on is <think>. `special` is the pattern of
+    `special_tokens`. Raises InputError if the template loses or changes a text, or
+    writes text after the answer.
     """
     messages = as_messages(row["prompt"], "user", special)
     answer = as_messages(row["completion"], "assistant", special)
@@ -473,7 +478,7 @@ def render(row, tokenizer, special):
     bare_chat, bare_answer = bare(answered), bare(answer[0]["content"])
     if not bare_chat.endswith(bare_answer):
         raise InputError(
-            f"the chat template loses a part of the completion, or adds one: {answered[-80:]!r}"
+            f"the chat template changes the completion, or writes text after it: {answered[-80:]!r}"
         )
 
     # The prompt is the longest common beginning of both, but it must end before the
@@ -533,22 +538,25 @@ def encode(row, tokenizer, config):
     ids and facts.
 
     The result has the ids of the prompt, and those of the completion with an end
-    token. Prompt and completion are cut to their maximal lengths. Raises InputError
-    if one of them has no token.
+    token. Prompt and completion are cut to their maximal lengths. The facts are both
+    lengths before the cut, the end token and the highest id, which the model must
+    know, and a digest, by which equal rows are found. Raises InputError if prompt or
+    completion has no token.
     """
     x, joined, eos = row["x"], row["joined"], tokenizer.eos_token_id
     if tokenizer.chat_template is None and x[-1:] == [eos]:
         x = x[:-1]  # some tokenizers end every text with EOS
 
-    # If at inference the prompt goes on, the prompt's end may be inside a token of
-    # the joined text. Then x becomes shorter, until it ends where such a token ends.
+    # y is what follows x in the ids of the joined text. It is not tokenised alone,
+    # because some tokenizers put a space before a text that stands alone.
+    #
+    # The joined text may have a token that lies across the border of prompt and
+    # completion. If goes_on is not empty, the model is never given exactly x, so x
+    # may become shorter, until a token of the joined text ends where x ends. If
+    # goes_on is empty, x must stay as it is. Then, if there is such a token, y is
+    # tokenised alone after all.
     while row["goes_on"] and joined[: len(x)] != x:
         x = x[:-1]
-
-    # y is taken from the ids of the joined text, because some tokenizers put a space
-    # before a text that stands alone. If the prompt does not go on, the model is
-    # given x as it is at inference, so x must not become shorter. If a token then
-    # lies across the border, y is tokenised alone.
     y = joined[len(x) :]
     if joined[: len(x)] != x:
         y = tokenizer(row["completion"], add_special_tokens=False).input_ids
@@ -652,9 +660,11 @@ def describe(facts, training, held_out, tokenizer, config):
 
 
 def tiny_model(config, tokenizer, rows):
-    """A toy: a small Llama, taught the undesirable rows and every fifth row. So it
-    finds most desirable completions unlikely, and z0 rises as it learns to write
-    them."""
+    """A toy: a small Llama, taught the undesirable rows and every fifth row.
+
+    So it finds most desirable completions unlikely. KTO then makes polite words
+    likelier, after any prompt at first, and one can see z0 rise.
+    """
     torch.manual_seed(config.seed)
     torch.set_num_threads(1)  # more threads would only wait for each other at this size
     settings = transformers.LlamaConfig(
@@ -778,8 +788,8 @@ def rehearse(policy, reference, x, y, config):
         batch = {"prompt": [x] * m, "completion": [y] * m, "label": [True] * m}
         reserved = []
         try:
-            # AdamW will need two numbers for each parameter. The list is emptied
-            # below, even if this memory cannot be had.
+            # AdamW will need two numbers for each parameter. They are in a list, so
+            # that `finally` can free them whether or not this memory could be had.
             reserved.append(torch.empty(2, policy.num_parameters(), device=policy.device))
             kto_step(policy, reference, batch, size)
             return size
@@ -881,7 +891,7 @@ def run(policy, reference, training, held_out, config, decisive):
     steps = config.epochs * per_epoch
 
     # The paper names AdamW and the learning rate. The schedule is our choice: a
-    # tenth of the steps to warm up, then a cosine down to a tenth.
+    # tenth of the steps to warm up, then a cosine down to a tenth of this rate.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     schedule = transformers.get_scheduler(
         "cosine_warmup_with_min_lr", optimizer, steps // 10, steps, {"min_lr_rate": 0.1}
@@ -899,9 +909,10 @@ def run(policy, reference, training, held_out, config, decisive):
     print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
     bar = tqdm(initial=step, total=steps, disable=None)
     while True:
-        # Here `step` steps are done. If an epoch has just ended, its checkpoint is
-        # saved, and the held-out rows are evaluated now. So a run that is stopped
-        # during the evaluation does it again when it is resumed.
+        # Here `step` steps are done. If an epoch has just ended, the last lines of
+        # this loop have saved its checkpoint, and now the held-out rows are
+        # evaluated. So a run that is stopped during the evaluation does it again
+        # when it is resumed.
         is_epoch_end = step > 0 and step % per_epoch == 0
         if is_epoch_end and len(held_out) > 1 and not stopped:
             metrics = evaluate(policy, reference, held_out, config.batch_size, **settings)
@@ -945,7 +956,8 @@ def chart(metrics, beta):
 
 
 def check_places(config):
-    """InputError if the data cannot be read, or if the output folder is in use."""
+    """InputError if the data file is missing, if the output folder is in use, or if
+    there are several processes."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("one process, please: the README says how to use several GPUs")
     if not Path(config.data).exists():
