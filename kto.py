@@ -321,7 +321,9 @@ class Config:
     output: str | None = None  # folder for the result; if not given, kto-MODEL
     epochs: int = 3  # passes over the data
     batch_size: int = 32  # m, the rows of one step; 8 to 128 are useful
-    micro_batch_size: int | None = None  # most rows in memory at once; halved until a step fits
+    micro_batch_size: int | None = (
+        None  # most rows in memory at once; on cuda, halved until they fit
+    )
     lr: float | None = None  # peak learning rate; if not given, 5e-6, and 5e-4 for "tiny"
     beta: float = 0.1  # a larger beta keeps the policy nearer the reference
     lambda_d: float = 1.0  # lambda_D, the weight of desirable rows (Eq. 9)
@@ -447,14 +449,17 @@ def render(row, tokenizer, special):
     """A row as the model sees it: {"prompt", "completion", "goes_on"}, three texts.
 
     Without a chat template, the texts of the row stay as they are, and nothing is
-    put between prompt and completion. With one, two
-    renderings are made: `asked` is the chat that waits for an answer, `answered` is
-    the chat with the answer. The prompt is the beginning that both have in common.
-    The completion is the rest of `answered`, and goes_on is the rest of `asked`. It
-    is usually empty. Some templates of reasoning models end `asked` with <think>,
-    which `answered` lacks, and then goes_on is <think>. `special` is the pattern of
-    `special_tokens`. Raises InputError if the template loses or changes a text, or
-    writes text after the answer.
+    put between prompt and completion. With one, two renderings are made: `asked` is
+    the chat that waits for an answer, `answered` is the chat with the answer. The
+    prompt is the beginning that both have in common. The completion is the rest of
+    `answered`, and goes_on is the rest of `asked`.
+
+    goes_on is usually empty. But some templates of reasoning models end `asked` with
+    <think>, which `answered` lacks, and then goes_on is <think>. A program that uses
+    the model later writes it after the prompt. Here it is not trained.
+
+    `special` is the pattern of `special_tokens`. Raises InputError if the template
+    loses or changes a text, or writes text after the answer.
     """
     messages = as_messages(row["prompt"], "user", special)
     answer = as_messages(row["completion"], "assistant", special)
@@ -482,7 +487,8 @@ def render(row, tokenizer, special):
         )
 
     # The prompt is the longest common beginning of both, but it must end before the
-    # answer's own text, because an answer may itself begin with <think>.
+    # answer's own text. Otherwise, if `asked` ends with <think> and the answer
+    # begins with <think>, the prompt would take a part of the answer.
     before_answer = len(bare_chat) - len(bare_answer)
     prompt = asked
     while not answered.startswith(prompt) or len(bare(prompt)) > before_answer:
@@ -550,11 +556,12 @@ def encode(row, tokenizer, config):
     # y is what follows x in the ids of the joined text. It is not tokenised alone,
     # because some tokenizers put a space before a text that stands alone.
     #
-    # The joined text may have a token that lies across the border of prompt and
-    # completion. If goes_on is not empty, the model is never given exactly x, so x
-    # may become shorter, until a token of the joined text ends where x ends. If
-    # goes_on is empty, x must stay as it is. Then, if there is such a token, y is
-    # tokenised alone after all.
+    # But a token of the joined text may lie across the border of prompt and
+    # completion. If goes_on is not empty, the border may move, because a program
+    # that uses the model later gives it x and goes_on, and not x alone. So x loses
+    # tokens until the joined text begins with x, and what x loses becomes the
+    # beginning of y. If goes_on is empty, x must stay as it is, and y is tokenised
+    # alone after all.
     while row["goes_on"] and joined[: len(x)] != x:
         x = x[:-1]
     y = joined[len(x) :]
@@ -662,8 +669,9 @@ def describe(facts, training, held_out, tokenizer, config):
 def tiny_model(config, tokenizer, rows):
     """A toy: a small Llama, taught the undesirable rows and every fifth row.
 
-    So it finds most desirable completions unlikely. KTO then makes polite words
-    likelier, after any prompt at first, and one can see z0 rise.
+    In the sample, the desirable completions are polite. So the toy finds most polite
+    words unlikely. At first, KTO makes them likelier after every prompt, and also
+    after a mismatched one, so that one can see z0 rise.
     """
     torch.manual_seed(config.seed)
     torch.set_num_threads(1)  # more threads would only wait for each other at this size
@@ -788,9 +796,11 @@ def rehearse(policy, reference, x, y, config):
         batch = {"prompt": [x] * m, "completion": [y] * m, "label": [True] * m}
         reserved = []
         try:
-            # AdamW will need two numbers for each parameter. They are in a list, so
-            # that `finally` can free them whether or not this memory could be had.
-            reserved.append(torch.empty(2, policy.num_parameters(), device=policy.device))
+            # AdamW will need two numbers for each trained weight. They are in a
+            # list, so that `finally` can free them whether or not this memory could be
+            # had.
+            trained = policy.num_parameters(only_trainable=True)
+            reserved.append(torch.empty(2, trained, device=policy.device))
             kto_step(policy, reference, batch, size)
             return size
         except torch.OutOfMemoryError:
@@ -881,7 +891,7 @@ def start_or_resume(config, checkpoint, parts, decisive):
         checkpoint.unlink(missing_ok=True)  # an earlier demo that was stopped may have left one
     config.output.mkdir(parents=True, exist_ok=True)
     log = open(config.output / "metrics.jsonl", "a", buffering=1)
-    log.truncate(min(log.tell(), log_size))
+    log.truncate(min(log.tell(), log_size))  # tell() is the size of the file
     return step, log
 
 
@@ -927,6 +937,8 @@ def run(policy, reference, training, held_out, config, decisive):
             break
 
         # One step of the training loop of part one, and what is said about it.
+        # metrics["step"] is the number of steps before this one, since the metrics
+        # were measured before its update.
         metrics = next(training_steps)
         schedule.step()
         step += 1
@@ -982,7 +994,10 @@ def check_places(config):
 
 
 def show_answers(policy, reference, tokenizer, prompts):
-    """Print greedy answers to some prompts, before and after the training."""
+    """Print greedy answers to some prompts, before and after the training.
+
+    The prompts are those of training, so that goes_on is not there.
+    """
     for prompt in prompts:
         print("\n" + tokenizer.decode(prompt, skip_special_tokens=True))
         ids = torch.tensor([prompt], device=policy.device)

@@ -5,19 +5,23 @@ The table: what the backward pass keeps is counted in layers of each model's rea
 else follows from the number of parameters. Below it the peak of a whole process is measured for a
 small model, and compared with the formula."""
 
-import copy
 import multiprocessing
+import re
 import resource
 import sys
 import warnings
 from pathlib import Path
 
-import peft
 import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import kto  # noqa: E402
+
+# The functions of the README's script for LoRA.
+README = Path(__file__).parent.parent.joinpath("README.md").read_text("utf-8")
+SCRIPT = {}
+exec(re.search("(# kto_with_lora.py.*?)```", README, re.DOTALL)[1], SCRIPT)
 
 # Kind, hidden size, inner size, layers, heads, heads of keys, vocabulary, tied weights.
 MODELS = {
@@ -28,7 +32,6 @@ MODELS = {
     "3B (Llama 3.2)": ("llama", 3072, 8192, 28, 24, 8, 128256, True),
     "7B (Qwen2.5)": ("qwen2", 3584, 18944, 28, 28, 4, 152064, False),
 }
-LORA = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
 
 
 def build(name, device, layers=None, vocabulary=None, dtype=None):
@@ -71,67 +74,88 @@ def bytes_of_a_token_in_a_layer(name, lora):
     for layers in (1, 2):
         model = build(name, "cpu", layers, vocabulary=64, dtype=torch.bfloat16 if lora else None)
         if lora:
-            model = peft.get_peft_model(model, LORA).eval()
+            model = SCRIPT["add_lora"](model)[0]
+            model.gradient_checkpointing_disable()  # now one layer keeps all
         with_64 = kept_bytes(model, 64, autocast=not lora)
         grows.append(with_64 - kept_bytes(model, 32, autocast=not lora))
     return (grows[1] - grows[0]) / 32
 
 
+def adapter_size(model):
+    """The number of weights that LoRA trains."""
+    return SCRIPT["add_lora"](model)[0].num_parameters(only_trainable=True)
+
+
 def line(name, tokens, lora=False):
     """The gigabytes of `tokens` of prompt and as many of completion, for one row and for 8."""
+    _, hidden, inner, layers, _, _, vocabulary, _ = MODELS[name]
     model = build(name, "meta")
-    weights = 22 * model.num_parameters()
-    if lora:
-        weights = 2 * model.num_parameters()
-        adapted = peft.get_peft_model(model, LORA)
-        weights += 16 * sum(part.numel() for part in adapted.parameters() if part.requires_grad)
-    hidden, inner, layers, vocabulary = (MODELS[name][place] for place in (1, 2, 3, 6))
-    a_token = layers * bytes_of_a_token_in_a_layer(name, lora)
+    a_layer = bytes_of_a_token_in_a_layer(name, lora)
+    if lora:  # each layer keeps its input, and one layer at a time is computed again
+        weights = 2 * model.num_parameters() + 16 * adapter_size(model)
+        a_token = layers * 2 * hidden + a_layer
+    else:
+        weights = 22 * model.num_parameters()
+        a_token = layers * a_layer
     a_row = 2 * tokens * a_token + tokens * 12 * vocabulary
-    formula = layers * (32 * hidden + 8 * inner)
     label = name + (" with LoRA" if lora else "")
     sizes = [weights, weights + a_row, weights + 8 * a_row]
     figures = "".join(f"{size / 1e9:8.1f}" for size in sizes)
-    print(f"{label:24}{tokens:4} + {tokens:3}{figures}{a_token / formula:10.2f}", flush=True)
+    share = a_layer / (32 * hidden + 8 * inner)
+    print(f"{label:24}{tokens:4} + {tokens:3}{figures}{share:10.2f}", flush=True)
 
 
-def step_of(name, dtype, rows):
+def step_of(name, method, rows):
     """One training step of two micro-batches, each of `rows` rows of 128 + 128 tokens."""
-    policy = build(name, "cpu")
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    if dtype == "bfloat16":
-        for model in (policy, reference):
-            model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    if method == "LoRA":
+        policy, reference = SCRIPT["add_lora"](build(name, "cpu", dtype=torch.bfloat16))
+    else:
+        policy = build(name, "cpu")
+        config = kto.Config(dtype=method)
+        policy, reference = kto.two_models(policy, config)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
     for weight in policy.parameters():  # AdamW's memory is there after the first step
-        weight.grad = torch.ones_like(weight)
+        if weight.requires_grad:
+            weight.grad = torch.ones_like(weight)
     optimizer.step()
     texts = torch.randint(policy.config.vocab_size, (2, 2 * rows, 128)).tolist()
     batch = {"prompt": texts[0], "completion": texts[1], "label": [True] * (2 * rows)}
     next(kto.train(policy, reference, [batch], optimizer, micro_batch_size=rows))
-    return policy.num_parameters()
 
 
-def peak(dtype, rows):
+def peak(method, rows):
     """Prints the bytes by which a step raises the peak of this process, beside the formula."""
     torch.set_num_threads(1)
-    step_of("warm-up", dtype, rows)  # what the libraries need by themselves
+    warnings.simplefilter("ignore")
+    name = "8 layers of SmolLM2-135M"
+    step_of("warm-up", method, rows)  # what the libraries need by themselves
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    parameters = step_of("8 layers of SmolLM2-135M", dtype, rows)
+    step_of(name, method, rows)
     measured = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    _, hidden, inner, layers, _, _, vocabulary, _ = MODELS["8 layers of SmolLM2-135M"]
-    a_token = {"float32": 36 * hidden + 16 * inner, "bfloat16": 32 * hidden + 8 * inner}[dtype]
-    weights = {"float32": 20, "bfloat16": 22}[dtype] * parameters
-    formula = weights + rows * (layers * 256 * a_token + 128 * 12 * vocabulary)
-    print(f"one process, {dtype}, rows: {rows}, peak / formula: {measured / formula:.2f}")
+
+    _, hidden, inner, layers, _, _, vocabulary, _ = MODELS[name]
+    model = build(name, "meta")
+    a_layer = 32 * hidden + 8 * inner
+    if method == "float32":
+        weights = 20 * model.num_parameters()
+        a_token = layers * (36 * hidden + 16 * inner)
+    elif method == "bfloat16":
+        weights = 22 * model.num_parameters()
+        a_token = layers * a_layer
+    else:
+        weights = 2 * model.num_parameters() + 16 * adapter_size(model)
+        a_token = layers * 2 * hidden + 1.21 * a_layer
+    formula = weights + rows * (256 * a_token + 128 * 12 * vocabulary)
+    print(f"one process, {method}, rows: {rows}, GB by formula: {formula / 1e9:.2f}, ", end="")
+    print(f"at the peak: {measured / 1e9:.2f}", flush=True)
 
 
 if __name__ == "__main__":
     # First the peaks: a new process begins with the peak of its parent.
     processes = multiprocessing.get_context("spawn")
-    for dtype in ("float32", "bfloat16"):
+    for method in ("float32", "bfloat16", "LoRA"):
         for rows in (1, 8):
-            process = processes.Process(target=peak, args=(dtype, rows))
+            process = processes.Process(target=peak, args=(method, rows))
             process.start()
             process.join()
     warnings.simplefilter("ignore")
@@ -140,3 +164,4 @@ if __name__ == "__main__":
     line("1B (Llama 3.2)", 512)
     line("3B (Llama 3.2)", 512)
     line("7B (Qwen2.5)", 256, lora=True)
+    line("7B (Qwen2.5)", 512, lora=True)
