@@ -2249,6 +2249,22 @@ def test_the_readmes_script_trains_an_adapter_that_can_be_merged(tmp_path):
     assert not torch.equal(before.state_dict()[name], after.state_dict()[name])
 
 
+def test_the_readmes_lines_for_a_finished_model_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("aligned", "before")):
+        add_noise(random_model(), std=0.1, seed=seed).save_pretrained(name)
+        byte_tokenizer(CHATML).save_pretrained(name)
+    write_rows(tmp_path / "later.jsonl", [("Hi", "no" * i, i < 3) for i in range(1, 6)])
+    exec(readme_block("import tempfile\n\nimport torch\nfrom transformers"), {})
+    assert capsys.readouterr().out.startswith("{'eval_loss': ")
+
+    # In bfloat16 a folder has half the size. The model can be talked to.
+    exec(readme_block("import torch\nfrom transformers import AutoModelForCausalLM\n\nmodel"), {})
+    sizes = [Path(name, "model.safetensors").stat().st_size for name in ("aligned", "aligned-bf16")]
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.1)
+    exec(readme_block("from transformers import pipeline"), {})
+
+
 # ---- The paper in miniature: python test_kto.py --------------------------------------------------
 
 
