@@ -5,6 +5,7 @@ pytest                  the claims; a few need TRL, or a chat model's folder in 
 python test_kto.py      the paper in miniature: KTO beside DPO and SFT, four minutes
 """
 
+import collections
 import contextlib
 import copy
 import functools
@@ -15,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import runpy
@@ -25,15 +25,14 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import types
 import weakref
 from pathlib import Path
 from unittest import mock
 
 import datasets
 import numpy
+import pandas
 import pytest
-import safetensors
 import tokenizers
 import torch
 import transformers
@@ -52,7 +51,7 @@ gc.freeze()  # no search for garbage in what was imported: a tenth of the time
 
 
 def random_model(architecture="llama", std=0.5, **settings):
-    """Two layers, 300 tokens, EOS = pad = 0. Every weight is large, so that every mistake shows."""
+    """Two layers, 300 tokens, EOS = pad = 0; weights are large, so mistakes show."""
     small = {
         "vocab_size": 300,
         "hidden_size": 32,
@@ -73,29 +72,31 @@ def random_model(architecture="llama", std=0.5, **settings):
 
 
 def add_noise(model, std, seed):
-    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     for weight in model.parameters():
-        weight.data += std * torch.randn(weight.shape, generator=generator)
+        weight.data += std * torch.randn(weight.shape)
     return model
 
 
-def byte_tokenizer(template=None, adds_bos=False, pad="<pad>", eos="</s>"):
-    """One token for a byte, and five special ones, so that decoded text shows every token."""
+def byte_tokenizer(template=None, text="$A", eos="</s>"):
+    """One token for a byte, and five special ones: decoded text shows every token.
+
+    `text` is what a text becomes: "<s> $A" has a BOS before it.
+    """
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {byte: number for number, byte in enumerate(alphabet)}
+    vocabulary = dict(zip(alphabet, range(256)))
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<pad>"])
-    if adds_bos:
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 256)]
-        )
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=text, special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",
         eos_token=eos,
-        pad_token=pad,
+        pad_token="<pad>",
         chat_template=template,
     )
 
@@ -106,9 +107,17 @@ CHATML = (  # the end token is not EOS, and a newline follows it
 )
 
 
+def input_error(words):
+    """The block ends with an InputError, and its message has these words."""
+    return pytest.raises(kto.InputError, match=words)
+
+
 def write_rows(path, rows):
-    """Write `rows` of (prompt, completion, label) as JSONL; returns the path as text."""
-    keys = ("prompt", "completion", "label")
+    """Write rows of (prompt, completion, label) as JSONL; returns the path as text.
+
+    A row may also have a score, or a score and an id.
+    """
+    keys = ("prompt", "completion", "label", "score", "id")
     path.write_text("".join(json.dumps(dict(zip(keys, row))) + "\n" for row in rows))
     return str(path)
 
@@ -122,27 +131,25 @@ def desirable(letters):
 
 
 def test_three_rows_worked_by_hand():
-    # The mismatched pairs differ by 4, -1 and 0 nats: z0 = 3 / 3 = 1. (Clamped one by one: 4 / 3.)
-    policy_next, reference_next = tensor([-6.0, -9.0, -7.0]), tensor([-10.0, -8.0, -7.0])
-    z0 = kto.reference_point(policy_next, reference_next)
+    # The mismatched pairs differ by 4, -1 and 0 nats: z0 = 3 / 3 = 1. (Clamped one
+    # by one: 4 / 3.)
+    z0 = kto.reference_point(tensor([-6.0, -9.0, -7.0]), tensor([-10.0, -8.0, -7.0]))
     assert z0 == 1
 
-    # With beta = 1/2, beta (r - z0) is ln 3, ln 3 and 0. We know sigmoid(ln 3) = 3/4,
-    # sigmoid(-ln 3) = 1/4 and sigmoid(0) = 1/2. With lambda_d = 2 and lambda_u = 4:
-    #   D    v = 2 * 3/4    loss = 2 - 3/2 = 1/2    slope = -2 * 1/2 * 3/4 * 1/4 = -3/16
-    #   U    v = 4 * 1/4    loss = 4 - 1   = 3      slope = +4 * 1/2 * 1/4 * 3/4 = +3/8
-    #   D    v = 2 * 1/2    loss = 2 - 1   = 1      slope = -2 * 1/2 * 1/2 * 1/2 = -1/4
-    ln_3 = math.log(3)
-    r = tensor([1 + 2 * ln_3, 1 + 2 * ln_3, 1.0], requires_grad=True)
-    losses = kto.kto_loss(r, torch.zeros(3), z0, desirable("DUD"), 0.5, 2.0, 4.0)
-    losses.sum().backward()
+    # With beta = 1/2, beta (r - z0) is ln 3, ln 3 and 0. The sigmoid of ln 3 is 3/4,
+    # that of -ln 3 is 1/4 and that of 0 is 1/2. With lambda_d = 2 and lambda_u = 4:
+    #   D    v = 2 * 3/4    loss = 2 - 3/2 = 1/2
+    #   U    v = 4 * 1/4    loss = 4 - 1   = 3
+    #   D    v = 2 * 1/2    loss = 2 - 1   = 1
+    high = 1 + 2 * math.log(3)
+    losses = kto.kto_loss(tensor([high, high, 1.0]), 0, z0, desirable("DUD"), 0.5, 2.0, 4.0)
     assert_close(losses, tensor([0.5, 3.0, 1.0]))
-    assert_close(r.grad, tensor([-3 / 16, 3 / 8, -1 / 4]))
 
 
-# The code of the paper's authors: ContextualAI/HALOs, commit 4831988, KTOTrainer.loss in
-# train/trainers.py, run unchanged in float32 with torch 2.13.0 on a CPU. Four batches of log-probs
-# and labels went in; z0, losses and the gradient of the mean loss came out. D: 1 if desirable.
+# The code of the paper's authors: ContextualAI/HALOs, commit 4831988,
+# KTOTrainer.loss in train/trainers.py, run unchanged in float32 with torch 2.13.0 on
+# a CPU. Four batches of log-probs and labels went in; z0, losses and the gradient of
+# the mean loss came out. D: 1 if desirable.
 HALOS = [
     # z0, (beta, lambda_d, lambda_u)
     (
@@ -190,23 +197,20 @@ HALOS = [
 ]
 
 
-@pytest.mark.parametrize("z0, weights, table", HALOS, ids=range(4))
-def test_value_and_gradient_are_those_of_the_papers_authors(z0, weights, table):
+@pytest.mark.parametrize("their_z0, weights, table", HALOS, ids=range(4))
+def test_value_and_gradient_are_those_of_the_papers_authors(their_z0, weights, table):
     columns = tensor(numpy.loadtxt(table.splitlines())).T
-    policy, reference, policy_next, reference_next, labels, losses, gradient = columns
+    policy, reference, policy_next, reference_next, labels, their_losses, gradient = columns
     policy.requires_grad_()
     policy_next.requires_grad_()
-
-    def loss_of(policy):
-        z0 = kto.reference_point(policy_next, reference_next)
-        return kto.kto_loss(policy, reference, z0, labels == 1, *weights)
-
-    loss_of(policy).mean().backward()
+    z0 = kto.reference_point(policy_next, reference_next)
+    losses = kto.kto_loss(policy, reference, z0, labels == 1, *weights)
+    losses.mean().backward()
     assert policy_next.grad is None  # z0 is a constant
 
     # As near as their float32, here rounded, allows.
-    assert kto.reference_point(policy_next, reference_next).item() == pytest.approx(z0, abs=1e-5)
-    assert_close(loss_of(policy), losses, rtol=2e-6, atol=1e-6)
+    assert z0.item() == pytest.approx(their_z0, abs=1e-5)
+    assert_close(losses, their_losses, rtol=2e-6, atol=1e-6)
     assert_close(policy.grad, gradient, rtol=2e-6, atol=1e-8)
 
 
@@ -225,7 +229,7 @@ def test_a_label_that_is_not_bool_is_refused():
 
 # ---- Scoring -------------------------------------------------------------------------------------
 
-# Five rows, one token for each letter. "!" is token 0, which to the models is EOS and padding.
+# Five rows, a token for each letter. "!" is token 0: EOS and padding to the models.
 TEXTS = {
     "prompt": ["abc", "k", "wonder", "a!b", "zz"],
     "completion": ["no!</s>", "perhaps!</s>", "!</s>", "y!e!</s>", "quite</s>"],
@@ -249,7 +253,7 @@ PECULIAR = {  # sizes that some need, a window shorter than the rows, factors be
 
 
 def plain_logps(model, prompts, completions):
-    """log pi(y|x) of each row on its own: no batch, no padding, one token after the other."""
+    """log pi(y|x) of each row alone: without padding, one token after the other."""
     logps = torch.zeros(len(prompts))
     for i, (x, y) in enumerate(zip(prompts, completions)):
         logits = model(tensor([x + y]), use_cache=False).logits[0].double()
@@ -265,13 +269,11 @@ def test_log_probs_of_a_ragged_batch_equal_those_of_each_row_alone(architecture)
     assert_close(logps, plain_logps(model, PROMPTS, COMPLETIONS), rtol=1e-5, atol=0)
 
 
-def test_each_completion_token_is_scored_eos_too_and_no_other_position_reaches_the_head():
-    # All weights are 0: each of the 300 tokens has probability 1/300, and a sum counts tokens.
-    model, shapes = random_model(std=0.0), []
+def test_no_position_reaches_the_head_but_those_that_are_scored():
+    model, shapes = random_model(), []
     model.lm_head.register_forward_hook(lambda head, inputs, logits: shapes.append(logits.shape))
-    counts = kto.completion_logps(model, PROMPTS, COMPLETIONS) / -math.log(300)
-    assert_close(counts, tensor([4.0, 9.0, 2.0, 5.0, 6.0]))
-    assert shapes == [(4 + 9 + 2 + 5 + 6, 300)]
+    kto.completion_logps(model, PROMPTS, COMPLETIONS)
+    assert shapes == [(4 + 9 + 2 + 5 + 6, 300)]  # the tokens of the completions, EOS too
 
 
 def test_log_probs_are_summed_in_float32_when_the_model_computes_in_bfloat16():
@@ -302,11 +304,12 @@ SETTINGS = {"beta": 0.3, "lambda_d": 1.4, "lambda_u": 0.7}
 
 
 def batch_of(letters):
-    return {"prompt": PROMPTS, "completion": COMPLETIONS, "label": desirable(letters).tolist()}
+    labels = desirable(letters).int().tolist()  # 1 and 0, which to Python are True and False
+    return {"prompt": PROMPTS, "completion": COMPLETIONS, "label": labels}
 
 
 def policy_and_reference(raw_kl=1):
-    """Two equal models, then noise on one. Exchanging them turns the sign of the raw KL."""
+    """Two models that differ by noise. To exchange them turns the raw KL's sign."""
     policy, reference = random_model(std=0.3), random_model(std=0.3)
     add_noise(reference, std=0.1, seed=4)
     return (policy, reference) if raw_kl > 0 else (reference, policy)
@@ -317,17 +320,14 @@ def gradient_of(model):
 
 
 def plain_step(policy, reference, letters):
-    """What kto_step returns, computed one row after the other. It adds the same gradient."""
-    next_completions = COMPLETIONS[1:] + COMPLETIONS[:1]
-    kl = plain_logps(policy, PROMPTS, next_completions)
-    kl = (kl - plain_logps(reference, PROMPTS, next_completions)).detach()
-    z0 = max(0.0, kl.mean().item())
-
-    logps = plain_logps(policy, PROMPTS, COMPLETIONS)
-    reference_logps = plain_logps(reference, PROMPTS, COMPLETIONS).detach()
-    losses = kto.kto_loss(logps, reference_logps, z0, desirable(letters), **SETTINGS)
+    """What kto_step returns, row after row. It adds the same gradient."""
+    x, y, y_next = PROMPTS, COMPLETIONS, COMPLETIONS[1:] + COMPLETIONS[:1]
+    r = plain_logps(policy, x, y) - plain_logps(reference, x, y)
+    kl = plain_logps(policy, x, y_next) - plain_logps(reference, x, y_next)
+    z0 = kto.reference_point(kl, 0)
+    losses = kto.kto_loss(r, 0, z0, desirable(letters), **SETTINGS)
     losses.mean().backward()
-    return losses, logps - reference_logps, tensor([z0] * 5), kl, desirable(letters)
+    return losses, r, z0.expand(5), kl, desirable(letters)
 
 
 @pytest.mark.parametrize(
@@ -339,13 +339,15 @@ def test_a_step_equals_the_plain_computation_whatever_the_micro_batch(
 ):
     policy, reference = policy_and_reference(raw_kl)
     step = kto.kto_step(policy, reference, batch_of(letters), micro_batch_size, **SETTINGS)
+    assert not any(part.requires_grad for part in step)
+    assert set(gradient_of(reference)) == {None}
     gradient = gradient_of(policy)
     policy.zero_grad()
+
     plain = plain_step(policy, reference, letters)
     assert plain[3].mean() * raw_kl > 0
     assert_close(step, plain, rtol=1e-5, atol=1e-5)
     assert_close(gradient, gradient_of(policy), rtol=1e-4, atol=1e-6)
-    assert set(gradient_of(reference)) == {None}
 
 
 def test_a_step_scores_no_pair_twice_with_a_model_and_no_more_rows_at_once_than_it_may(monkeypatch):
@@ -361,42 +363,32 @@ def test_a_step_scores_no_pair_twice_with_a_model_and_no_more_rows_at_once_than_
     batch = {"prompt": "abcde", "completion": "ABCDE", "label": [True] * 5}  # a letter for a list
     kto.kto_step(random_model(), random_model(), batch, micro_batch_size=3)
 
-    # Only the policy's own pairs are scored with a gradient. Without one, the reference scores
-    # these too, and both models score the next row's.
+    # Only the policy's own pairs are scored with a gradient. Without one, the
+    # reference scores these too, and both models score the next row's.
     assert sorted(learned) == "aA bB cC dD eE".split()
     assert sorted(scored) == "aA aB aB bB bC bC cC cD cD dD dE dE eA eA eE".split()
 
 
-def test_evaluation_returns_what_a_step_returns_and_leaves_no_gradient():
-    policy, reference = policy_and_reference()
-    with torch.no_grad():
-        evaluated = kto.kto_step(policy, reference, batch_of("DUUDU"))
-    assert set(gradient_of(policy)) == {None}
-    batch = batch_of("DUUDU") | {"label": [1, 0, 0, 1, 0]}  # which is the same to Python
-    step = kto.kto_step(policy, reference, batch)
-    assert_close(evaluated, step, rtol=0, atol=0)
-    assert not any(part.requires_grad for part in step)
-
-
 def test_a_single_row_has_no_next_row_and_is_refused():
-    alone = {"prompt": PROMPTS[:1], "completion": COMPLETIONS[:1], "label": [True]}
+    alone = {"prompt": [[5]], "completion": [[6]], "label": [True]}
     with pytest.raises(ValueError, match="two rows"):
-        kto.kto_step(*policy_and_reference(), alone)
+        kto.kto_step(random_model(), None, alone)
 
 
 def test_metrics_of_several_steps_are_means_over_all_their_rows():
-    # A step of two desirable rows with z0 = 2, and one of three undesirable rows with z0 = 1. Of
-    # the r 3 and 2, the first is above its z0. Of -1, 4 and 0, all but 4 are not: 3 of 5 are right.
-    parts = tensor([[0.5, 1.5, 1, 1, 2], [3, 2, -1, 4, 0], [2, 2, 1, 1, 1], [2, 2, -3, 5, 2]])
+    # A step of two desirable rows with z0 = 2, and one of three undesirable rows
+    # with z0 = 1. Of the r 3 and -3, the first is above its z0. Of 1, 4 and -2, all
+    # but 4 are not: 3 of 5 are right.
+    parts = tensor([[0.5, 1.5, 1, 1, 2], [3, -3, 1, 4, -2], [2, 2, 1, 1, 1], [1, 1, -3, 5, -8]])
     assert kto.metrics_of(*parts, desirable("DDUUU")) == pytest.approx(
         {
             "loss": 1.2,
             "z0": 1.4,
-            "kl": 1.6,
+            "kl": -0.8,
             "accuracy": 0.6,
-            "reward_desirable": 2.5,
+            "reward_desirable": 0,
             "reward_undesirable": 1,
-            "margin": 1.5,
+            "margin": -1,
         }
     )
 
@@ -408,32 +400,6 @@ def test_metrics_of_several_steps_are_means_over_all_their_rows():
 
 
 # ---- The training loop ---------------------------------------------------------------------------
-
-
-def test_training_is_a_plain_loop_of_step_clip_and_adamw():
-    settings = {"beta": 0.3, "lambda_d": 30.0, "lambda_u": 15.0}
-    batches = list(map(batch_of, ["DUUDU", "DDDDD", "UUUUU", "DUDUU"]))
-    (policy, reference), (plain, _) = policy_and_reference(), policy_and_reference()
-    optimizer = torch.optim.AdamW(policy.parameters())
-    plain_optimizer = torch.optim.AdamW(plain.parameters())
-    norms = []
-    for entry in kto.train(policy, reference, batches, optimizer, 7, **settings):
-        metrics = kto.metrics_of(*kto.kto_step(plain, reference, batches[len(norms)], **settings))
-        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 10.0).item()
-        lr = plain_optimizer.param_groups[0]["lr"]
-        plain_optimizer.step()
-        plain_optimizer.zero_grad()
-
-        assert entry.pop("seconds") > 0
-        assert_close(entry, {"step": len(norms) + 7, **metrics, "grad_norm": norm, "lr": lr})
-        assert_close(list(policy.parameters()), list(plain.parameters()))
-        norms.append(norm)
-
-        # The caller may change the learning rate between two steps.
-        optimizer.param_groups[0]["lr"] = plain_optimizer.param_groups[0]["lr"] = lr * 1.5
-
-    assert len(norms) == 4
-    assert min(norms) < 10 < max(norms)  # so some steps are clipped, and some are not
 
 
 @pytest.mark.parametrize("lambda_d", [1e38, math.inf])  # the norm: inf, then nan
@@ -448,8 +414,11 @@ def test_a_gradient_that_is_not_finite_stops_training_before_it_does_harm(lambda
 
 def test_the_example_of_train_runs(tmp_path, capsys):
     random_model().save_pretrained(tmp_path)
-    names = vars(kto) | {"AutoModelForCausalLM": transformers.AutoModelForCausalLM}
-    names |= {"NAME": tmp_path, "batches": [batch_of("DUUDU")]}
+    names = vars(kto) | {
+        "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
+        "NAME": tmp_path,
+        "batches": [batch_of("DUUDU")],
+    }
     example = inspect.getdoc(kto.train).split("\n\n")[1]
     exec(textwrap.dedent(example), names)
     assert capsys.readouterr().out.endswith("0.5\n")  # at step 0, each row's loss is lambda / 2
@@ -492,18 +461,17 @@ def test_trl_has_the_same_loss_z0_and_gradient_norm(raw_kl, tmp_path):
 # ---- The flags -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def read_flags(monkeypatch):
-    """read_flags("--a 1 --b 2") is the settings of `python kto.py --a 1 --b 2`."""
+def typed(flags):
+    """As if `python kto.py` and these flags had been typed."""
+    return mock.patch("sys.argv", ["kto.py", *flags.split()])
 
-    def read(command=""):
-        monkeypatch.setattr(sys, "argv", ["kto.py", *command.split()])
+
+def read_flags(flags=""):
+    with typed(flags):
         return kto.read_flags()
 
-    return read
 
-
-def test_what_is_not_given_is_the_papers_or_follows_from_the_model(read_flags):
+def test_what_is_not_given_is_the_papers_or_follows_from_the_model():
     toy, named = read_flags(), read_flags("--model someone/chat-1B")
     assert (toy.beta, toy.lambda_d, toy.lambda_u, toy.batch_size) == (0.1, 1, 1, 32)
     assert (toy.holdout, toy.micro_batch_size) == (0.1, None)
@@ -511,12 +479,12 @@ def test_what_is_not_given_is_the_papers_or_follows_from_the_model(read_flags):
     assert (toy.lr, named.lr, read_flags("--lr 0.5").lr) == (5e-4, 5e-6, 0.5)
 
 
-def test_an_impossible_value_is_refused_with_its_flag(read_flags):
+def test_an_impossible_value_is_refused_with_its_flag():
     impossible = """--batch_size 1, --micro_batch_size 0, --epochs 0, --max_prompt_length 0,
         --max_completion_length 0, --holdout -0.1, --save_every -1, --seed -1, --beta -1,
         --lambda_d -0.1, --lambda_u -1, --beta 0, --lr 0, --lr nan, --lr inf"""
     for flag in impossible.split(","):
-        with pytest.raises(kto.InputError, match=flag.strip()):
+        with input_error(flag.strip()):
             read_flags(flag)
     with pytest.raises(SystemExit, match="2"):
         read_flags("--dtype float16")
@@ -532,9 +500,7 @@ def test_an_impossible_value_is_refused_with_its_flag(read_flags):
         ("emulates it", "", "cuda float32"),  # T4, V100, RTX 20xx: they say that they can
     ],
 )
-def test_auto_is_bfloat16_only_on_a_card_that_computes_in_it(
-    read_flags, monkeypatch, card, flags, expected
-):
+def test_auto_is_bfloat16_only_on_a_card_that_computes_in_it(monkeypatch, card, flags, expected):
     def is_bf16_supported(including_emulation=True):
         return including_emulation or card == "computes in it"
 
@@ -554,14 +520,14 @@ def refusal(folder, line):
     file = folder / "rows.jsonl"
     file.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n", "latin-1")  # an accent is no UTF-8
     # Always one line, which says where, and what a row is.
-    with pytest.raises(kto.InputError, match=f"^{file}:3: .{{5,600}}$") as error:
+    with input_error(f"^{file}:3: .{{5,300}}A row is one whole line, .*$") as error:
         list(kto.read_rows(file, byte_tokenizer(CHATML)))
-    assert "A row is one whole line" in str(error.value)
     return str(error.value)
 
 
-# In the tables, pieces of what is said of the row stand behind the arrow, with ... between.
-# The third row is the first line of an object that is spread over several lines.
+# In the tables, pieces of what is said of the row stand behind the arrow, with ...
+# between. The third row is the first line of an object that is spread over several
+# lines.
 
 BAD_ROWS = """\
 [{"prompt": "a"}, {"prompt": "b"}]  ->  not a JSON object: [{'prompt': 'a'}
@@ -586,6 +552,11 @@ prompt,completion,label  ->  not one row of JSON
 {"prompt": "a", "completion": "b", "label": null}  ->  label is None
 {"prompt": "a", "completion": "b", "label": NaN}  ->  label is nan
 {"prompt": "a", "completion": "b", "label": [1]}  ->  label is [1]
+{"prompt": "a", "completion": "b", "label": 1, "system": "Be kind"}  ->  system is not used
+{"prompt": "a", "completion": "b", "label": 1, "tools": [{}]}  ->  tools is not used
+{"prompt": "a", "completion": "b", "label": 1, "Images": ["a.png"]}  ->  Images is not used
+{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}], \
+"completion": "b", "label": 1}  ->  prompt ends with an answer
 {"prompt": "a", "completion": [{"role": "user", "content": "b"}], "label": 1}  ->  the assistant
 {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}, \
 {"role": "assistant", "content": "c"}], "label": 1}  ->  one message of the assistant"""
@@ -599,9 +570,15 @@ def test_each_kind_of_bad_row_is_refused_with_what_is_there_and_what_should_be(t
         assert words in message
 
 
+def test_a_long_row_is_not_shown_whole(tmp_path):
+    for long in ("[" * 100_000, json.dumps(["long"] * 10_000)):
+        refusal(tmp_path, long)
+
+
 NO_MESSAGES = r"""5  ->  must be a text or a list of messages, not empty: 5
 null  ->  must be a text or a list of messages, not empty: None
 []  ->  must be a text or a list of messages, not empty: []
+""  ->  must be a text or a list of messages, not empty: ''
 {"role": "assistant", "content": "a"}  ->  must be a text or a list of messages, not empty: {'role'
 ["a"]  ->  the role of a message must be a text: 'a'
 [{"content": "a"}]  ->  the role of a message must be a text: {'content': 'a'}
@@ -616,7 +593,11 @@ null  ->  must be a text or a list of messages, not empty: None
 "</s>a"  ->  '</s>' is a special token
 "<|im_start|>user\na"  ->  '<|im_start|>' is a special token
 [{"role": "assistant", "content": "a<|im_end|>"}]  ->  '<|im_end|>' is a special token
-"<pad>"  ->  '<pad>' is a special token"""
+"<pad>"  ->  '<pad>' is a special token
+"<|eot_id|>"  ->  '<|eot_id|>' is a special token or a template's tag
+"<\uff5cUser\uff5c>a"  ->  '<｜User｜>' is a special token or a template's tag
+"[INST] a [/INST]"  ->  '[INST]' is a special token or a template's tag
+"<start_of_turn>user"  ->  '<start_of_turn>' is a special token or a template's tag"""
 
 
 @pytest.mark.parametrize("case", NO_MESSAGES.splitlines())
@@ -626,61 +607,51 @@ def test_what_is_neither_text_nor_messages_is_refused_on_either_side(tmp_path, c
     assert found in refusal(tmp_path, GOOD.replace('"Hello"', value))
 
 
-def test_a_column_that_would_change_what_is_trained_is_refused_unless_it_is_empty(tmp_path):
-    for key, value in (("system", "Be kind"), ("tools", [{}]), ("images", ["a.png"])):
-        row = json.loads(GOOD)
-        assert f"{key} is not used" in refusal(tmp_path, json.dumps(row | {key: value}))
-        for nothing in (None, "", []):
-            kto.parse_row(json.dumps(row | {key: nothing}).encode())
-
-
-def loaded(config, tokenizer=None):
-    """The rows of a file as a run has them: a datasets.Dataset in a folder of its own."""
+def loaded(config, tokenizer=byte_tokenizer()):
+    """The rows of a file as a run has them, in a folder of their own."""
     folder = tempfile.mkdtemp(dir=Path(config.data).parent)
-    return kto.load_rows(config, tokenizer or byte_tokenizer(), folder)
+    return kto.load_rows(config, tokenizer, folder)
 
 
-def decoded(prompt, completion):
-    """Ids as text, with all special tokens."""
-    tokenizer = byte_tokenizer()
-    return f"{tokenizer.decode(prompt)} -> {tokenizer.decode(completion)}"
+def decoded(row, tokenizer=byte_tokenizer()):
+    """The prompt and the completion of a row as text, with all special tokens."""
+    return f"{tokenizer.decode(row['prompt'])} -> {tokenizer.decode(row['completion'])}"
 
 
 def test_odd_but_usable_lines_are_read(tmp_path):
     lines = (
         "\ufeff" + GOOD + "\r\n"  # a byte order mark, and the end of a line on Windows
         " \t\r\n"
-        '{"id": 7, "label": 0, "prompt": "2024-01-01", "completion": "12.50"}\n'
-        '{"prompt": "a\u2028b\x85c", "completion": " d ", "label": 1.0, "score": NaN}'  # no ends
+        '{"tools": [], "label": 0, "prompt": "2024-01-01", "completion": "12.50"}\n'
+        '{"prompt": "a\u2028b\x85c", "completion": " d ", "label": 1.0, "score": NaN}\n'  # no ends
+        '{"prompt": "a", "completion": "b", "label": false, "system": null}'
     )
     file = tmp_path / "rows.jsonl"
     file.write_bytes(lines.encode())
     read = []
     for row in loaded(kto.Config(data=str(file))):
-        text = decoded(row["prompt"], row["completion"])
-        read.append(f"{row['line']} {text} {row['label']} {row['not_used']}")
+        read.append(f"{row['line']} {decoded(row)} {row['label']} {row['not_used']}")
     assert read == [
         "1 Hi -> Hello</s> True ",
-        "3 2024-01-01 -> 12.50</s> False id",
+        "3 2024-01-01 -> 12.50</s> False tools",
         "4 a\u2028b\x85c ->  d </s> True score",
+        "5 a -> b</s> False system",
     ]
 
 
 def lettered(letters):
-    """A row for each letter, which is its prompt and its completion; capitals are good."""
+    """A row for each letter, its prompt and its completion; capitals are good."""
     return [(letter, letter, letter.isupper()) for letter in letters]
 
 
-def settings_for(folder, letters, holdout=0, **others):
+def settings_for(folder, letters, **others):
     """Settings of a run on the rows of `lettered`."""
     data = write_rows(folder / "rows.jsonl", lettered(letters))
-    return kto.Config(data=data, device="cpu", holdout=holdout, **others)
+    return kto.Config(data=data, **others)
 
 
-def test_a_row_or_a_file_without_a_token_is_refused(tmp_path):
-    with pytest.raises(kto.InputError, match="rows.jsonl:2: must be a text"):
-        loaded(settings_for(tmp_path, ["a", ""]))
-    with pytest.raises(kto.InputError, match="rows.jsonl has no rows"):
+def test_a_file_without_rows_is_refused(tmp_path):
+    with input_error("rows.jsonl has no rows"):
         loaded(settings_for(tmp_path, []))
 
 
@@ -689,10 +660,8 @@ def test_an_edited_file_gives_its_new_rows_and_other_digests_where_a_row_has_cha
     first = loaded(config)
     write_rows(Path(config.data), [("a", "a", False), ("x", "b", False), ("c", "x", False)])
     second = loaded(config)
-    read = " ".join(map(decoded, second["prompt"], second["completion"]))
-    assert read == "a -> a</s> x -> b</s> c -> x</s>"
-    same = [a == b for a, b in zip(first["digest"], second["digest"])]
-    assert same == [True, False, False]
+    assert list(map(decoded, second)) == ["a -> a</s>", "x -> b</s>", "c -> x</s>"]
+    assert set(first["digest"]) & set(second["digest"]) == {first["digest"][0]}
 
 
 # ---- A row as the model sees it ------------------------------------------------------------------
@@ -710,6 +679,7 @@ PHI = (  # EOS follows each chat that does not ask for an answer
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}a:{% else %}{{ eos_token }}{% endif %}"
 )
+TURNS = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
 THINK_DROPPED = (  # a thought is opened when asked, of which an answered chat has nothing
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -720,38 +690,35 @@ THINK_CLOSED = (  # a thought is opened when asked, which an answered chat close
     "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+THOUGHT_LOST = THINK_DROPPED.replace("m.content", "m.content.split('</think>')[-1]")
+ALWAYS_ASKS = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
 RESPACED = THINK_DROPPED.replace("{{ m.content }}", "{{ m.content.split() | join(' ') }}")
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
-CHAT = [{"role": "system", "content": "Be kind"}, USER, ANSWER, {"role": "user", "content": "Bye"}]
+ROLES = ["system", "developer", "user", "assistant", "tool"]
 THOUGHT = "<think>\nHm.\n</think>\n\nHello"
 
 
-def texts(tokenizer, prompt="Hi", completion="Hello", config=kto.Config()):
+def texts(tokenizer, prompt="Hi", completion="Hello", **lengths):
     """A row as the model sees it, with the border between prompt and completion."""
-    row = {"prompt": prompt, "completion": completion}
-    row = kto.render(row, tokenizer, kto.special_tokens(tokenizer)) | {"line": 1}
-    ids = kto.tokenise({key: [text] for key, text in row.items()}, tokenizer)
-    row = kto.encode(row | {"x": ids["x"][0], "joined": ids["joined"][0]}, tokenizer, config)
-    return decoded(row["prompt"], row["completion"])
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_rows(Path(folder) / "rows.jsonl", [(prompt, completion, True)])
+        row = loaded(kto.Config(data=data, **lengths), tokenizer)[0]
+    return decoded(row, tokenizer)
 
 
 def test_plain_texts_stay_as_they_are_between_the_tokenizers_bos_and_one_eos():
     assert texts(byte_tokenizer(), "Hi ", " Hello\n") == "Hi  ->  Hello\n</s>"
-    assert texts(byte_tokenizer(adds_bos=True)) == "<s>Hi -> Hello</s>"
+    assert texts(byte_tokenizer(text="<s> $A")) == "<s>Hi -> Hello</s>"
 
     # Some tokenizers end each text with EOS by themselves, and to some BOS is EOS.
-    for single, bos in (("<s> $A </s>", "<s>"), ("</s> $A", "</s>")):
-        tokenizer = byte_tokenizer()
-        tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=single, special_tokens=[("<s>", 256), ("</s>", 257)]
-        )
-        assert texts(tokenizer) == f"{bos}Hi -> Hello</s>"
+    assert texts(byte_tokenizer(text="<s> $A </s>")) == "<s>Hi -> Hello</s>"
+    assert texts(byte_tokenizer(text="</s> $A")) == "</s>Hi -> Hello</s>"
 
 
 def test_a_completion_is_tokenised_as_it_follows_the_prompt():
-    tokenizer = byte_tokenizer(adds_bos=True)
+    tokenizer = byte_tokenizer(text="<s> $A")
     tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
     assert texts(tokenizer) == "<s> Hi -> Hello</s>"  # each text on its own would get a space
     tokenizer.add_tokens(["iH"])
@@ -759,51 +726,54 @@ def test_a_completion_is_tokenised_as_it_follows_the_prompt():
 
 
 @pytest.mark.parametrize(
-    "template, expected",
+    "template, prompt, completion, expected",
     [
-        (CHATML, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n -> Hello<|im_end|>"),
-        (LLAMA, "<s>[INST]Hi[/INST] ->  Hello</s>"),
-        (BARE, "user: Hi\nassistant:  -> Hello</s>"),
-        (PHI, "u:Hi<|im_end|>a: -> Hello<|im_end|></s>"),
-        (THINK_DROPPED, "<|user|>Hi<|assistant|> -> Hello</s>"),
+        (
+            CHATML,
+            [{"role": role, "content": "a"} for role in ROLES],
+            [ANSWER],
+            "<|im_start|>system\na<|im_end|>\n<|im_start|>developer\na<|im_end|>\n"
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+            "<|im_start|>tool\na<|im_end|>\n<|im_start|>assistant\n -> Hello<|im_end|>",
+        ),
+        (LLAMA, "Hi", "Hello", "<s>[INST]Hi[/INST] ->  Hello</s>"),
+        (LLAMA, [USER, ANSWER, USER], "a", "<s>[INST]Hi[/INST] Hello</s>[INST]Hi[/INST] ->  a</s>"),
+        (BARE, "Hi", "Hello", "user: Hi\nassistant:  -> Hello</s>"),
+        (PHI, "Hi", "Hello", "u:Hi<|im_end|>a: -> Hello<|im_end|></s>"),
         (
             THINK_CLOSED,
+            "Hi",
+            "Hello",
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>"
             " -> </think>Hello<|im_end|>",
         ),
+        (THINK_DROPPED, "Hi", "Hello", "<|user|>Hi<|assistant|> -> Hello</s>"),
+        # An answer that starts like a thought is left whole.
+        (THINK_DROPPED, "Hi", "<b>", "<|user|>Hi<|assistant|> -> <b></s>"),
+        (THINK_DROPPED, "Hi", "<think>\nHm.", "<|user|>Hi<|assistant|> -> <think>\nHm.</s>"),
+        # A prompt may end with EOS, if it is the template that writes it.
+        (TURNS, "Hi", "Hello", "Hi</s> -> Hello</s>"),
+        # A template may change the white space of a text.
+        (RESPACED, "Hi\n", " a\n b", "<|user|>Hi<|assistant|> -> a b</s>"),
     ],
 )
-def test_a_chat_is_what_its_template_writes_and_ends_once(template, expected):
-    # The tokenizer would add BOS to a text, and pads with EOS: neither makes a difference here.
-    tokenizer = byte_tokenizer(template, adds_bos=True, pad="</s>")
-    assert texts(tokenizer) == texts(tokenizer, [USER], [ANSWER]) == expected
-
-
-def test_an_answer_that_starts_like_a_thought_is_left_whole():
-    for answer in ("<b>", THOUGHT):
-        assert f"<|assistant|> -> {answer}</s>" in texts(
-            byte_tokenizer(THINK_DROPPED), completion=answer
-        )
+def test_a_chat_is_what_its_template_writes_and_ends_once(template, prompt, completion, expected):
+    # That the tokenizer would add BOS to a text makes no difference here.
+    tokenizer = byte_tokenizer(template, text="<s> $A")
+    assert texts(tokenizer, prompt, completion) == expected
 
 
 def test_the_border_lies_between_tokens_where_inference_opens_a_thought_that_is_closed_at_once():
     # "<think>" when asked and "</think>" when answered have "<" in common (GLM 4.7).
-    template = THINK_DROPPED.replace("|>{{ m", "|>{{ '</think>' * (m.role < 'b') }}{{ m")
+    closed = "|>{% if m.role == 'assistant' %}</think>{% endif %}{{ m"
+    template = THINK_DROPPED.replace("|>{{ m", closed)
     tokenizer = byte_tokenizer(template)
     tokenizer.add_tokens(["<think>", "</think>"])
-    row = kto.render(
-        {"prompt": "Hi", "completion": "Hello"}, tokenizer, kto.special_tokens(tokenizer)
-    )
-    ids = kto.tokenise({key: [text] for key, text in row.items()}, tokenizer)
-    row = kto.encode(
-        row | {"line": 1, "x": ids["x"][0], "joined": ids["joined"][0]}, tokenizer, kto.Config()
-    )
-    assert tokenizer.decode(row["prompt"]) == "<|user|>Hi<|assistant|>"
-    assert tokenizer.decode(row["completion"]) == "</think>Hello</s>"
+    assert texts(tokenizer) == "<|user|>Hi<|assistant|> -> </think>Hello</s>"
 
 
 def test_a_completion_ends_with_eos_even_if_its_last_token_decodes_to_nothing():
-    # As in Llama 2: the decoder strips a leading space, and the last token is a space.
+    # As in Llama 2: the decoder strips a leading space. The last token is a space.
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.decoder = tokenizers.decoders.Sequence(
         [tokenizers.decoders.ByteLevel(), tokenizers.decoders.Strip(" ", 1, 0)]
@@ -814,27 +784,7 @@ def test_a_completion_ends_with_eos_even_if_its_last_token_decodes_to_nothing():
 def test_an_added_token_that_is_not_special_may_be_in_a_text():
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<think>"])
-    row = {"prompt": "<think>", "completion": "a"}
-    assert kto.render(row, tokenizer, kto.special_tokens(tokenizer))["prompt"] == "<think>"
-
-
-def test_a_template_may_change_the_white_space_of_a_text():
-    respaced = "<|user|>Hi<|assistant|> -> <think> Hm. </think> Hello</s>"
-    assert texts(byte_tokenizer(RESPACED), "Hi\n", THOUGHT) == respaced
-
-
-def test_the_prompt_of_several_turns_is_what_inference_asks_with():
-    tokenizer = byte_tokenizer(CHATML)
-    asked = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-    assert "Be kind" in asked
-    assert texts(tokenizer, CHAT) == asked + " -> Hello<|im_end|>"
-
-
-SHOWS = "{% for m in messages if m.role == 'ROLE' %}{{ m.content }}{% endfor %}"
-ALWAYS_ASKS = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
-THOUGHT_LOST = THINK_DROPPED.replace("m.content", "m.content.split('</think>')[-1]")
-KNOWN_ROLES = CHATML.replace("messages %}", "messages if m.role in ['user', 'assistant'] %}")
-CALLS_TOOLS = CHATML.replace("{{ m.content }}", "{{ m.content if m.tool_calls is undefined }}")
+    assert texts(tokenizer, "<think>") == "<think> -> Hello</s>"
 
 
 @pytest.mark.parametrize(
@@ -842,35 +792,21 @@ CALLS_TOOLS = CHATML.replace("{{ m.content }}", "{{ m.content if m.tool_calls is
     [
         (None, [USER], "Hello", "this tokenizer has none"),
         (None, "Hi", [ANSWER], "this tokenizer has none"),
-        (LLAMA, CHAT, "Hello", "cannot render it: no system turn"),
-        ("Say: {{ messages[-1].content }}", "Hi", "Bye", "this message: .*'Hi'"),
-        (SHOWS.replace("ROLE", "user"), "Hi", "Hello", "changes the completion"),
-        (SHOWS.replace("ROLE", "assistant"), "Hi", "Hello", "this message: .*'Hi'"),
+        (LLAMA, [USER | {"role": "system"}], "a", "cannot render it: no system turn"),
+        (CHATML, [{"role": "human", "content": "Hi"}], "Hello", "unknown role 'human'"),
         (THOUGHT_LOST, "Hi", THOUGHT, "changes the completion"),
         (ALWAYS_ASKS, "Hi", "Hello", "after it: .*im_start.*assistant"),
-        (KNOWN_ROLES, [{"role": "human", "content": "Hi"}], "Hello", "unknown role 'human'"),
-        (CALLS_TOOLS, "Hi", [ANSWER | {"tool_calls": []}], "changes the completion"),
-        (CALLS_TOOLS, [USER, ANSWER | {"tool_calls": []}, USER], "Bye", "this message: .*'Hello'"),
+        (THOUGHT_LOST, [USER, ANSWER | {"content": THOUGHT}, USER], "Bye", "this message: .*Hm"),
+        ("Say: {{ messages[-1].content }}", "Hi", "Bye", "this message: .*'Hi'"),
+        ("{{ messages[-1].content }}", " ", "Bye", "rows.jsonl:1: .* becomes no token"),
+        (BARE, "Hi", " ", "rows.jsonl:1: .* becomes no token"),
     ],
 )
 def test_a_chat_that_a_template_cannot_take_or_would_change_is_refused_in_words(
     template, prompt, completion, found
 ):
-    with pytest.raises(kto.InputError, match=found):
+    with input_error(found):
         texts(byte_tokenizer(template), prompt, completion)
-
-
-@pytest.mark.parametrize("template", [CHATML, KNOWN_ROLES])
-@pytest.mark.parametrize("text", ["Hi", "s"])
-def test_a_role_that_no_model_knows_is_refused(template, text):
-    with pytest.raises(kto.InputError, match="human"):
-        texts(byte_tokenizer(template), [{"role": "human", "content": text}])
-
-
-def test_texts_rendered_for_another_model_are_refused():
-    for text in ("<|eot_id|>", "[INST] a [/INST]", "<start_of_turn>user"):
-        with pytest.raises(kto.InputError, match="a template's tag"):
-            texts(byte_tokenizer(CHATML), text)
 
 
 @pytest.mark.parametrize(
@@ -882,16 +818,18 @@ def test_texts_rendered_for_another_model_are_refused():
     ],
 )
 def test_of_a_prompt_the_end_is_kept_and_of_a_completion_the_start(x_tokens, y_tokens, expected):
-    config = kto.Config(max_prompt_length=x_tokens, max_completion_length=y_tokens)
-    assert texts(byte_tokenizer(adds_bos=True), "Tell me", "Tell me", config) == expected
+    lengths = {"max_prompt_length": x_tokens, "max_completion_length": y_tokens}
+    assert texts(byte_tokenizer(text="<s> $A"), "Tell me", "Tell me", **lengths) == expected
 
 
-def test_the_facts_on_a_row_are_those_before_it_is_cut(tmp_path):
+@pytest.mark.parametrize("text, eos", [("<s> $A", "</s>"), ("</s> $A", "<s>")])
+def test_the_facts_on_a_row_are_those_before_it_is_cut(tmp_path, text, eos):
     config = settings_for(tmp_path, ["zab"], max_prompt_length=1, max_completion_length=1)
-    tokenizer = byte_tokenizer(adds_bos=True)
+    tokenizer = byte_tokenizer(text=text, eos=eos)
     row = loaded(config, tokenizer)[0]
     assert (row["prompt_tokens"], row["completion_tokens"]) == (4, 4)  # BOS z a b, z a b EOS
-    assert row["end_token"] == row["highest_id"] == tokenizer.eos_token_id
+    assert row["end_token"] == tokenizer.eos_token_id
+    assert row["highest_id"] == 257  # which is </s>, in the prompt or in the completion
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -913,109 +851,80 @@ def test_an_epoch_has_each_row_once_in_an_order_of_its_own_but_those_that_fill_n
     assert first != second and "abcdefghijkl" not in (first, second)
 
     # A resumed run goes to its batch by index, and the seed decides the order.
-    for step in range(7):
-        assert trained_on(rows, config, step) == batches[step:]
+    assert trained_on(rows, config, 4) == batches[4:]
     config.seed = 1
     assert trained_on(rows, config) != batches
 
 
-def test_a_row_is_parsed_and_encoded_once_however_many_the_epochs(tmp_path, monkeypatch):
-    parse, encode, calls = kto.parse_row, kto.encode, []
-
-    def parse_and_count(line):
-        calls.append("parse")
-        return parse(line)
-
-    def encode_and_count(row, tokenizer, config):
-        calls.append("encode")
-        return encode(row, tokenizer, config)
-
-    monkeypatch.setattr(kto, "parse_row", parse_and_count)
-    monkeypatch.setattr(kto, "encode", encode_and_count)
+def test_a_row_is_parsed_and_encoded_once_however_many_the_epochs(tmp_path):
     config = settings_for(tmp_path, "abcdef", batch_size=2, epochs=3)
-    assert len(trained_on(loaded(config), config)) == 9
-    assert calls == ["parse"] * 6 + ["encode"] * 6
+    parse = mock.patch("kto.parse_row", wraps=kto.parse_row)
+    encode = mock.patch("kto.encode", wraps=kto.encode)
+    with parse as parsed, encode as encoded:
+        assert len(trained_on(loaded(config), config)) == 9
+    assert parsed.call_count == encoded.call_count == 6
 
 
 # ---- What is shown -------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def shown(read_flags, tmp_path, capsys):
-    """shown(rows, flags) is what a run prints before it loads a model, and what it splits into.
+def shown(tmp_path, capsys):
+    """shown(rows, flags) is what a run prints before it loads a model, and what it
+    splits into.
 
-    `rows` are (prompt, completion, label), or letters.
+    `rows` are those of `write_rows`, or letters.
     """
 
     def run(rows, flags="", template=None):
         file = write_rows(tmp_path / "rows.jsonl", lettered(rows) if type(rows) is str else rows)
         byte_tokenizer(template).save_pretrained(tmp_path / "model")
         files = f"--model {tmp_path}/model --data {file} --output {tmp_path}/new"
-        read_flags(f"{files} --holdout 0 --batch_size 2 {flags}")
-        with mock.patch("kto.describe", wraps=kto.describe) as describe:
-            with mock.patch("kto.load_model", side_effect=InterruptedError):
-                with pytest.raises(InterruptedError):
-                    kto.main()
+        split = mock.patch("kto.describe", wraps=kto.describe)
+        stop = mock.patch("kto.load_model", side_effect=InterruptedError)
+        with typed(f"{files} --holdout 0 --batch_size 2 {flags}"), split as describe, stop:
+            with pytest.raises(InterruptedError):
+                kto.main()
         training, held_out = describe.call_args.args[1:3]
         return capsys.readouterr().out, training, held_out
 
     return run
 
 
-def test_a_bad_row_is_refused_before_a_model_is_loaded_and_not_shown_whole(read_flags, tmp_path):
-    # The folder has a tokenizer and no model: had it been asked for, the message would say so.
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    file = tmp_path / "rows.jsonl"
-    for bad in ("[" * 100_000, json.dumps(["long"] * 10_000), GOOD.replace("Hello", "")):
-        file.write_text(f"{GOOD}\n{bad}")
-        read_flags(f"--model {tmp_path}/model --data {file} --output {tmp_path}/new")
-        with pytest.raises(kto.InputError, match="rows.jsonl:2: .{5,600}$"):
-            kto.main()
+def test_a_bad_row_is_refused_before_a_model_is_loaded(shown):
+    with input_error("rows.jsonl:2: must be a text"):
+        shown([("Hi", "Hello", True), ("Hi", "", True)])
 
 
-def test_what_will_be_trained_is_counted(shown):
-    # Of 13 rows a quarter, rounded up, is held out. The other nine are two batches of four.
-    printed, training, held_out = shown("ABCDEFGHtuxyz", "--holdout 0.25 --batch_size 4")
+def test_each_row_is_trained_on_or_held_out_as_the_seed_decides_and_counted(shown):
+    # Of 13 rows a quarter, rounded up, is held out. Eight of the nine others are two
+    # batches.
+    letters, flags = "ABCDEFGHtuxyz", "--holdout 0.25 --batch_size 4"
+    printed, training, held_out = shown(letters, flags)
+    assert sorted(map(decoded, [*training, *held_out])) == [f"{x} -> {x}</s>" for x in letters]
     good = sum(training["label"])
     assert f"n_D = {good} desirable and n_U = {9 - good} undesirable" in printed
-    assert f"4 rows held out, {sum(held_out['label'])} of them desirable" in printed
+    assert f"4 rows held out, {8 - good} of them desirable" in printed
     assert "2 an epoch; 1 rows are left over" in printed
     assert "0 answers have both labels" in printed and "columns  0 not used" in printed
 
-
-def test_each_row_is_either_trained_on_or_held_out_as_the_seed_decides(shown):
-    splits = []
-    for seed in (0, 0, 1):
-        training, held_out = shown("abcdefghijkl", f"--holdout 0.3 --seed {seed}")[1:]
-        splits.append([decoded(x, []) for x in held_out["prompt"]])
-        both = splits[-1] + [decoded(x, []) for x in training["prompt"]]
-        assert len(both) == len(set(both)) == 12
-    assert splits[0] == splits[1] != splits[2]
+    assert shown(letters, flags)[2].to_dict() == held_out.to_dict()
+    assert shown(letters, flags + " --seed 1")[2].to_dict() != held_out.to_dict()
 
 
-def test_a_file_sorted_by_label_is_mixed_like_any_other(shown, tmp_path, monkeypatch):
-    two = loaded(settings_for(tmp_path, "Ab"))
-    rows = two.select([0] * 12_000 + [1] * 12_000)
-    monkeypatch.setattr(kto, "load_rows", lambda *_: rows)
-    training, held_out = shown("Ab", "--holdout 0.1 --batch_size 32")[1:]
-    assert 1000 < sum(held_out["label"]) < 1400  # of 2,400
-    for part in (rows.select_columns("label"), training.select_columns("label")):
-        for batch in kto.training_batches(part, kto.Config(epochs=1), 0):
-            assert 0 < sum(batch["label"]) < 32
+def test_a_file_sorted_by_label_is_mixed_like_any_other(shown):
+    # More rows than a shuffle with a buffer of a thousand would mix.
+    training, held_out = shown("A" * 3000 + "b" * 3000, "--holdout 0.1 --batch_size 32")[1:]
+    assert 200 < sum(held_out["label"]) < 400  # of 600
+    for batch in kto.training_batches(training.sort("label"), kto.Config(epochs=1), 0):
+        assert 0 < sum(batch["label"]) < 32
 
 
-def test_answers_with_both_labels_are_counted(shown):
-    good, bad = ("a", "b", True), ("a", "b", False)
-    printed = shown([good, bad, good, bad, ("c", "b", True), ("a", "c", True)])[0]
+def test_answers_with_both_labels_are_counted_and_columns_that_are_not_used_are_named(shown):
+    scored, rated = ("a", "b", True, 0.5), ("a", "b", False, 0.5, 7)
+    printed = shown([scored, rated, scored, rated, ("c", "b", True), ("a", "c", True)])[0]
     assert "1 answers have both labels" in printed
-
-
-def test_columns_that_are_not_used_are_named(tmp_path, capsys):
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(GOOD.replace("}", f', "{key}": 1}}') for key in ("score", "id")))
-    rows = loaded(kto.Config(data=str(file)))
-    kto.describe(rows.to_pandas(), rows, rows, byte_tokenizer(), kto.Config())
-    assert "not used: id, score\n" in capsys.readouterr().out
+    assert "columns  2 not used: id, score\n" in printed
 
 
 def test_what_is_cut_is_counted_with_a_warning_if_most_answers_lose_their_end(shown):
@@ -1033,14 +942,15 @@ def test_a_row_is_shown_as_the_model_sees_it_with_its_border_and_what_inference_
     printed = shown(rows)[0]
     assert "no chat template" in printed and "goes on" not in printed
     assert "prompt      'Hi'\n  completion  'Hello</s>'\n" in printed
-    printed = shown(rows, template=THINK_DROPPED)[0]
+    printed = shown(rows, template=THINK_CLOSED)[0]
     assert "with the chat template" in printed
-    assert "prompt      '<|user|>Hi<|assistant|>'\n  completion  'Hello</s>'\n" in printed
-    assert printed.count("goes on with '<think>\\n'") == printed.count("goes on") == 1
+    assert r"'<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>'" in printed
+    assert "  completion  '</think>Hello<|im_end|>'\n" in printed
+    assert printed.count(r"goes on with '\n'") == printed.count("goes on") == 1
 
 
 def test_a_file_whose_rows_fill_no_batch_is_refused(shown):
-    with pytest.raises(kto.InputError, match="8 rows and 1 are held out.*--batch_size"):
+    with input_error("8 rows and 1 are held out.*--batch_size"):
         shown("abcdefgh", "--batch_size 8 --holdout 0.1")
     shown("abcdefghi", "--batch_size 8 --holdout 0.1")
 
@@ -1065,15 +975,14 @@ def test_unequal_classes_get_the_weight_of_eq_9_and_one_alone_a_warning(
 
 
 def load_with(folder, highest_id=0, end_token=0):
-    """The model of a folder, as in a run of three rows, of which the second has these ids."""
+    """The model of a folder, for three rows, of which the second has these ids."""
     ids = {"highest_id": [7, highest_id, 7], "end_token": [0, end_token, 0]}
-    facts = datasets.Dataset.from_dict(ids).to_pandas()
-    return kto.load_model(kto.Config(model=str(folder)), None, None, facts)
+    return kto.load_model(kto.Config(model=str(folder)), None, None, pandas.DataFrame(ids))
 
 
 def load_error(folder, **ids):
     """What is said, in one line, of a model that cannot be used."""
-    with pytest.raises(kto.InputError, match=f"^--model {folder}") as error:
+    with input_error(f"^--model {folder}") as error:
         load_with(folder, **ids)
     return str(error.value)
 
@@ -1084,16 +993,12 @@ def test_a_model_is_loaded_in_float32(tmp_path):
     assert load_with(tmp_path).dtype == torch.float32
 
 
-def test_weights_that_are_lacking_are_named(tmp_path):
+def test_weights_that_are_lacking_or_cut_short_are_refused(tmp_path):
     model = random_model()
     weights = model.state_dict()
     del weights["model.layers.1.mlp.up_proj.weight"]  # would be random
     model.save_pretrained(tmp_path, state_dict=weights)
     assert "lacks the weights ['model.layers.1.mlp.up_proj.weight']" in load_error(tmp_path)
-
-
-def test_weights_that_are_cut_short_are_refused(tmp_path):
-    random_model().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert "incomplete" in load_error(tmp_path)
@@ -1105,11 +1010,12 @@ def test_every_id_of_every_row_needs_an_embedding(tmp_path):
     assert "fewer embeddings" in load_error(tmp_path, highest_id=300)
 
 
-def test_the_end_token_of_the_rows_ends_what_the_saved_model_generates(tmp_path):
-    random_model(eos_token_id=[0, 5]).save_pretrained(tmp_path / "model")
-    load_with(tmp_path / "model", end_token=259).save_pretrained(tmp_path)
+@pytest.mark.parametrize("known, ends", [(None, [0, 259]), (0, [0, 259]), ([5], [0, 5, 259])])
+def test_the_end_tokens_of_the_rows_end_what_the_saved_model_generates(tmp_path, known, ends):
+    random_model(eos_token_id=known).save_pretrained(tmp_path)
+    load_with(tmp_path, end_token=259).save_pretrained(tmp_path)
     saved = transformers.GenerationConfig.from_pretrained(tmp_path)
-    assert saved.eos_token_id == [0, 5, 259]
+    assert saved.eos_token_id == ends
 
 
 def test_a_generation_config_that_cannot_be_saved_is_refused_if_it_would_be_changed(tmp_path):
@@ -1124,10 +1030,10 @@ def test_a_generation_config_that_cannot_be_saved_is_refused_if_it_would_be_chan
 
 def test_a_tokenizer_that_cannot_be_found_or_has_no_end_token_is_refused(tmp_path):
     config = kto.Config(model=str(tmp_path))
-    with pytest.raises(kto.InputError, match=f"--model {tmp_path} .*give a folder"):
+    with input_error(f"--model {tmp_path} .*give a folder"):
         kto.load_tokenizer(config)
     byte_tokenizer(eos=None).save_pretrained(tmp_path)
-    with pytest.raises(kto.InputError, match="no EOS token"):
+    with input_error("no EOS token"):
         kto.load_tokenizer(config)
 
 
@@ -1140,7 +1046,7 @@ def test_a_model_that_is_too_short_is_refused_with_a_flag_to_lower():
     model = random_model("gpt2")
     check(model)  # 64 tokens, and an answer of 64, fit into 128
     for x, y in (([5] * 65, [6]), ([5] * 64, [6] * 65)):
-        with pytest.raises(kto.InputError, match="128 tokens, not 129: .*--max_prompt_length"):
+        with input_error("128 tokens, not 129: .*--max_prompt_length"):
             check(model, x, y)
 
 
@@ -1153,22 +1059,22 @@ def test_a_model_that_names_no_length_takes_any():
 
 
 def test_an_encoder_is_refused_since_it_sees_to_the_right():
-    with pytest.raises(kto.InputError, match="not causal"):
+    with input_error("not causal"):
         check(random_model("bert", is_decoder=False))
 
 
 def test_weights_that_are_not_finite_are_called_so():
-    with pytest.raises(kto.InputError, match="infinite or NaN"):
+    with input_error("infinite or NaN"):
         check(add_noise(random_model(), std=math.nan, seed=0))
 
 
 # ---- The rehearsal -------------------------------------------------------------------------------
 
 
-def rehearse(model, x=[5] * 64, y=[6] * 60, device="cpu", batch_size=4, size=None):
-    """The micro_batch_size that is found for these lengths."""
-    config = kto.Config(device=device, batch_size=batch_size, micro_batch_size=size)
-    return kto.rehearse(model, copy.deepcopy(model), x, y, config)
+def rehearse(model, **settings):
+    """The micro_batch_size that is found for 64 tokens of x and 60 of y."""
+    reference = copy.deepcopy(model)
+    return kto.rehearse(model, reference, [5] * 64, [6] * 60, kto.Config(**settings))
 
 
 def memory_for(rows):
@@ -1187,81 +1093,75 @@ def test_a_micro_batch_is_as_large_as_the_memory_allows_and_never_larger_than_th
     model = random_model()
     assert rehearse(model, batch_size=16) == 8
     assert rehearse(model, batch_size=16, device="cuda") == 16
-    assert rehearse(model, batch_size=16, size=5) == 5
-    assert rehearse(model, batch_size=3) == rehearse(model, batch_size=3, size=64) == 3
+    assert rehearse(model, batch_size=3, micro_batch_size=64) == 3
     with memory_for(rows=2):
         assert rehearse(model, batch_size=16, device="cuda") == 2  # of 16, 8, 4 and 2
-        assert rehearse(model, batch_size=16, size=6) == 1  # of 6, 3 and 1
+        assert rehearse(model, batch_size=16, micro_batch_size=6) == 1  # of 6, 3 and 1
     with memory_for(rows=1):
-        assert rehearse(model) == 1  # of 4, 2 and 1
+        assert rehearse(model) == 1  # of 8, 4, 2 and 1
 
 
 def test_where_one_row_is_too_much_the_lengths_are_to_be_lowered():
-    with memory_for(rows=0), pytest.raises(kto.InputError, match="one row of 124 tokens: lower"):
+    with memory_for(rows=0), input_error("one row of 124 tokens: lower"):
         rehearse(random_model())
 
 
 def test_the_rehearsal_is_a_step_of_two_micro_batches_beside_the_memory_of_adamw():
-    model, moments, alive = random_model(), [], []
-    before, empty = copy.deepcopy(model.state_dict()), torch.empty
+    model, moments, alive = random_model(), weakref.WeakSet(), []
+    empty = torch.empty
 
     def reserve(*shape, **settings):
         memory = empty(*shape, **settings)
         if shape == (2, model.num_parameters()):
-            assert not any(earlier() is not None for earlier in moments)
-            moments.append(weakref.ref(memory))
+            moments.add(memory)
         return memory
 
     # The reference, a copy of the model, has this hook too.
-    model.lm_head.register_forward_hook(lambda *_: alive.append(moments[-1]() is not None))
+    model.lm_head.register_forward_hook(lambda *_: alive.append(len(moments)))
     with memory_for(rows=2), mock.patch("torch.empty", reserve):
         assert rehearse(model, batch_size=16) == 2
-    assert alive == [True] * 4 * 2
-    assert moments[-1]() is None
+    assert alive == [1] * 4 * 2  # and none of the sizes 8 and 4, which were tried before
 
     # It leaves nothing behind.
+    assert len(moments) == 0
     assert set(gradient_of(model)) == {None}
-    assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 # ---- The toy -------------------------------------------------------------------------------------
 
 
-def test_the_toy_is_taught_the_undesirable_rows_and_every_fifth_row():
+def test_the_toy_is_taught_the_undesirable_rows_and_every_fifth_row(tmp_path):
     # Of these the undesirable b is taught, and each fifth row, which is A and H.
-    tokenizer, taught = byte_tokenizer(), []
-    ids = tokenizer(list("AbDEGHJK")).input_ids
-    columns = {"prompt": ids, "completion": ids, "label": desirable("DUDDDDDD").tolist()}
+    rows, tokenizer, taught = loaded(settings_for(tmp_path, "AbDEGHJK")), byte_tokenizer(), set()
 
     def record(model, prompts, completions):
-        taught.extend(map(tokenizer.decode, prompts))
+        taught.update(map(tokenizer.decode, prompts))
         return model.lm_head.weight.sum(dim=1)  # to be quick, no log-probs
 
     def toy(seed):
         with mock.patch("kto.completion_logps", record):
-            rows = datasets.Dataset.from_dict(columns)
             return kto.tiny_model(kto.Config(seed=seed), tokenizer, rows).lm_head.weight
 
     # The same seed makes the same toy, another one another.
     first = toy(0)
     assert torch.equal(first, toy(0)) and not torch.equal(first, toy(1))
-    assert set(taught) == set("bAH")
+    assert taught == set("bAH")
 
 
 # ---- A small run ---------------------------------------------------------------------------------
 
-# Of 24 rows a quarter, 6, is held out: a batch of 4 and one of 2. The 18 others make 4 steps of 4
-# rows an epoch, with 2 left over, and 20 steps in all. Beta and the lambdas are those of SETTINGS.
-# Row 10 is the first with the longest prompt, and row 3 the first with the longest completion.
+# Of 24 rows a quarter, 6, is held out: a batch of 4 and one of 2. The 18 others make
+# 4 steps of 4 rows an epoch, with 2 left over, and 20 steps in all. Beta and the
+# lambdas are those of SETTINGS. Row 10 is the first with the longest prompt, and row
+# 3 the first with the longest completion.
 ROWS = [(f"Say {number}→", "no" * (number % 4 + 1), number % 2 == 0) for number in range(24)]
 FLAGS = "--epochs 5 --batch_size 4 --holdout 0.25 --lr 0.01 --device cpu"
 FLAGS += " --beta 0.3 --lambda_d 1.4 --lambda_u 0.7"
-EPOCH_IN_BFLOAT16 = "--epochs 1 --seed 7 --dtype bfloat16"
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """A folder with a model, which has dropout, and rows, for runs of less than a second."""
+    """A folder with rows and a model that has dropout, for runs of a second."""
     folder = tmp_path_factory.mktemp("small")
     model = random_model("gpt2", std=0.3, num_hidden_layers=1, resid_pdrop=0.1)
     model.save_pretrained(folder / "model")
@@ -1271,26 +1171,26 @@ def small(tmp_path_factory):
 
 
 def command(small, output, more):
-    """A command line as it would be typed; of a flag that is there twice, the later counts."""
+    """As if this had been typed; of a flag that is there twice, the later counts."""
     files = f"--model {small}/model --data {small}/rows.jsonl --output {output}"
-    return f"kto.py {files} {FLAGS} {more}".split()
+    return typed(f"{files} {FLAGS} {more}")
 
 
 def start(small, output, more=""):
     """python kto.py in this process, which then gets its Ctrl-C back."""
-    ctrl_c = signal.getsignal(signal.SIGINT)
     try:
-        with mock.patch("sys.argv", command(small, output, more)):
+        with command(small, output, more):
             kto.main()
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler  # no longer noted
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGINT, ctrl_c)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
 def whole(small, tmp_path_factory):
-    """The output of a run that nothing interrupts. What it printed lies beside the folder."""
+    """The output of a run that nothing interrupts; beside it is what it printed."""
     folder = tmp_path_factory.mktemp("whole")
     with open(folder / "printed.txt", "w") as printed, contextlib.redirect_stdout(printed):
         start(small, folder / "output")
@@ -1298,7 +1198,7 @@ def whole(small, tmp_path_factory):
 
 
 def stop_in_step(number, sent, small, output):
-    """The same run, which is sent a signal in the midst of this step, before the update."""
+    """The same run, which is sent a signal in this step, before the update."""
     clip, steps = torch.nn.utils.clip_grad_norm_, itertools.count()
 
     def clip_and_send(*args, **settings):
@@ -1315,7 +1215,7 @@ def stop_in_step(number, sent, small, output):
 
 @pytest.fixture(scope="session")
 def stopped(small, tmp_path_factory):
-    """The output of the same run, stopped by Ctrl-C in step 5, the second of its epoch."""
+    """The output of the same run, stopped by Ctrl-C in step 5, within an epoch."""
     output = tmp_path_factory.mktemp("stopped")
     stop_in_step(5, signal.SIGINT, small, output)
     return output
@@ -1335,21 +1235,22 @@ def contents(folder):
 
 
 def assert_same_result(output, whole):
-    """Bit for bit the same files, nothing left of the checkpoint, and in the log the same lines."""
+    """Bit for bit the same files, nothing left of the checkpoint, and in the log the
+    same lines."""
     log = {"metrics.jsonl": read_log(whole)}
     assert contents(output) | {"metrics.jsonl": read_log(output)} == contents(whole) | log
 
 
 def run_file(small, output, more):
     """python kto.py in this process, as a program of its own."""
-    argv = mock.patch("sys.argv", command(small, output, more))
-    with argv, mock.patch("signal.signal"):
+    with command(small, output, more), mock.patch("signal.signal"):
         runpy.run_path(kto.__file__, run_name="__main__")
 
 
 @pytest.fixture
 def refused(small, capfd):
-    """refused(output, flags) is the one line on stderr of a program that ends with status 2."""
+    """refused(output, flags) is the one line on stderr of a program that ends with
+    status 2."""
 
     def run(output, more=""):
         with pytest.raises(SystemExit, match="2"):
@@ -1367,45 +1268,36 @@ def refused(small, capfd):
 def test_a_checkpoint_is_kept_each_epoch_and_every_few_steps_and_outlives_a_kill_while_saving(
     small, whole, tmp_path
 ):
-    save, saved, left = torch.save, [], tmp_path / "left"
+    save, saved = torch.save, []
 
     def save_half_the_third(state, path):
         save(state, path)
         saved.append((state["step"], len(read_log(path.parent))))
         if len(saved) == 3:
             path.write_bytes(b"half of it")
-            shutil.copytree(path.parent, left)  # what is on the disk if the process dies here
+            raise SystemExit
 
-    with mock.patch("torch.save", save_half_the_third):
-        start(small, tmp_path / "output", "--epochs 2 --save_every 3")
+    with mock.patch("torch.save", save_half_the_third), pytest.raises(SystemExit):
+        start(small, tmp_path, "--save_every 3")
 
-    # Steps, and lines of the log: the evaluation after step 4 follows its checkpoint.
-    assert saved == [(3, 3), (4, 4), (6, 7), (8, 9)]
-    start(small, left, "--epochs 2 --resume")  # 2 steps and the evaluation come again
-    assert_same_result(left, tmp_path / "output")
+    # Steps, and lines of the log: the evaluation comes after the checkpoint of step 4.
+    assert saved == [(3, 3), (4, 4), (6, 7)]
+    start(small, tmp_path, "--resume")  # 2 steps and the evaluation come again
+    assert_same_result(tmp_path, whole)
 
 
-def test_a_run_does_not_go_on_with_other_settings_or_rows_and_is_left_alone(
-    stopped, refused, tmp_path
-):
+def test_what_decides_the_result_may_not_differ_when_a_run_goes_on(stopped, refused, tmp_path):
     before = contents(stopped)
     assert "beta was 0.3, and now it is 0.2" in refused(stopped, "--resume --beta 0.2")
     assert str(stopped / "checkpoint.pt") in refused.stdout
-
-    other = ROWS[:12] + [("Say 12→", "no", False)] + ROWS[13:]  # another label
-    data = write_rows(tmp_path / "rows.jsonl", other)
-    assert "--resume: rows was" in refused(stopped, f"--resume --data {data}")
+    for other in (("Say 23→", "nononono", True), ("Say 23→", "no", False)):  # label, text
+        data = write_rows(tmp_path / "rows.jsonl", ROWS[:23] + [other])
+        assert "--resume: rows was" in refused(stopped, f"--resume --data {data}")
     assert contents(stopped) == before
 
-
-def test_what_decides_the_result_may_not_differ_and_is_named(stopped):
-    path = stopped / "checkpoint.pt"
-    settings = torch.load(path)["settings"]
+    settings = torch.load(stopped / "checkpoint.pt")["settings"]
     free = {"data", "output", "device", "micro_batch_size", "save_every", "resume"}
     assert settings.keys() == vars(kto.Config()).keys() - free | {"rows"}
-    for name in settings:
-        with pytest.raises(kto.InputError, match=f"{name} was .*, and now it is None"):
-            kto.load_checkpoint(path, {}, settings | {name: None})
 
 
 def test_resume_without_a_checkpoint_starts_and_of_a_finished_model_is_refused(
@@ -1418,62 +1310,46 @@ def test_resume_without_a_checkpoint_starts_and_of_a_finished_model_is_refused(
     assert_same_result(tmp_path, whole)
 
 
-class Code:
-    """Loading its pickle makes a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("it ran",)
-
-
 def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for content in (b"", b"junk", pickle.dumps(Code(), protocol=2)):
+    other, code = io.BytesIO(), b"cos\nmkdir\n(S'it ran'\ntR."  # to load this makes a folder
+    torch.save({}, other)
+    for content in (b"", b"junk", other.getvalue(), code):
         Path("checkpoint.pt").write_bytes(content)
-        with pytest.raises(kto.InputError, match="^--resume cannot read checkpoint.pt"):
+        with input_error("^--resume cannot read checkpoint.pt"):
             kto.load_checkpoint(Path("checkpoint.pt"), {}, {})
     assert not Path("it ran").exists()
 
 
-def test_a_full_disk_costs_no_checkpoint(small, whole, refused, tmp_path):
-    save = torch.save
+def test_a_full_disk_costs_no_checkpoint(small, stopped, whole, refused, tmp_path):
+    output = shutil.copytree(stopped, tmp_path / "output")
+    checkpoint = output / "checkpoint.pt"
+    # First it is full before the first checkpoint after that of step 6, then when
+    # only a part of the result is saved.
+    save = "transformers.PreTrainedTokenizerBase.save_pretrained"
+    for function, step in (("torch.save", 6), (save, 20)):
+        with mock.patch(function, side_effect=OSError("No space left")):
+            assert re.search("cannot be written.*No space", refused(output, "--resume"))
+        assert f"The last checkpoint is {checkpoint}" in refused.stdout
+        assert torch.load(checkpoint)["step"] == step
 
-    def save_until_the_disk_is_full(state, path):
-        if state["step"] > 4:
-            path.write_bytes(b"half of it")
-            raise OSError("No space left")
-        save(state, path)
-
-    with mock.patch("torch.save", save_until_the_disk_is_full):
-        assert re.search("cannot be written.*No space", refused(tmp_path))
-    checkpoint = tmp_path / "checkpoint.pt"
-    assert f"The last checkpoint is {checkpoint}" in refused.stdout
-    assert torch.load(checkpoint)["step"] == 4
-
-    # Nor does it cost the trained weights, if it is full when only a part of the result is saved.
-    full = mock.Mock(side_effect=safetensors.SafetensorError("No space left"))
-    with mock.patch("transformers.PreTrainedTokenizerBase.save_pretrained", full):
-        assert re.search("cannot be written.*No space", refused(tmp_path, "--resume"))
-    assert f"The last checkpoint is {checkpoint}" in refused.stdout
-    assert torch.load(checkpoint)["step"] == 20
-    start(small, tmp_path, "--resume")
-    assert_same_result(tmp_path, whole)
+    start(small, output, "--resume")
+    assert_same_result(output, whole)
 
 
 # ---- The run -------------------------------------------------------------------------------------
 
 
-def test_the_log_has_each_step_once_and_held_out_metrics_at_the_end_of_each_epoch(whole):
+def test_the_log_has_each_step_once_and_an_evaluation_at_the_end_of_each_epoch(whole):
     log = read_log(whole)
-    evaluations, steps = log[4::5], [entry for entry in log if "lr" in entry]
-    assert [entry["step"] for entry in steps] == list(range(20))
-    assert [entry["step"] for entry in evaluations] == [4, 8, 12, 16, 20]
-    metrics = steps[0].keys() - {"step", "grad_norm", "lr"}
-    assert evaluations[0].keys() == {"step"} | {f"eval_{name}" for name in metrics}
+    assert [entry["step"] for entry in log[:10]] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
+    assert ["eval_loss" in entry for entry in log] == [False, False, False, False, True] * 5
 
 
 def test_the_learning_rate_warms_up_not_from_0_and_falls_to_a_tenth_along_a_cosine(whole):
-    # Of 20 steps a tenth, 2, is warm-up: 1/2, 2/2. The other 18 go from 1 down to 0.1: after 6,
-    # where the cosine of 60 degrees is 0.5, there is left 0.1 + 0.9 * (1 + 0.5) / 2 = 0.775.
+    # Of 20 steps a tenth, 2, is warm-up: 1/2, 2/2. The other 18 go from 1 down to
+    # 0.1: after 6, where the cosine of 60 degrees is 0.5, there is left 0.1 + 0.9 *
+    # (1 + 0.5) / 2 = 0.775.
     lr = [entry["lr"] / 0.01 for entry in read_log(whole) if "lr" in entry]
     assert [lr[0], lr[1], lr[7], lr[19]] == pytest.approx([0.5, 1.0, 0.775, 0.1])
 
@@ -1482,147 +1358,124 @@ def load(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-@pytest.fixture(scope="session")
-def watched(small, tmp_path_factory):
-    """A run of an epoch: its output, its bar, and what rehearse, run and train are given."""
-    output = tmp_path_factory.mktemp("watched")
-    spies = {name: mock.Mock(wraps=getattr(kto, name)) for name in ("rehearse", "run", "train")}
-    with mock.patch.multiple(kto, **spies, tqdm=mock.DEFAULT) as patched:
-        start(small, output, EPOCH_IN_BFLOAT16 + " --micro_batch_size 2")
-    return types.SimpleNamespace(output=output, bar=patched["tqdm"].return_value, **spies)
+def test_a_run_is_a_plain_loop_of_step_clip_and_adamw_with_the_rows_that_fit(small, tmp_path):
+    adamw = mock.patch("torch.optim.AdamW", wraps=torch.optim.AdamW)
+    with memory_for(rows=2), adamw as used, mock.patch("kto.run", wraps=kto.run) as run:
+        start(small, tmp_path, "--epochs 1 --seed 7 --dtype bfloat16 --lambda_d 30")
+    used.assert_called_once()
+    training, held_out, config = run.call_args.args[2:5]
+    *log, evaluation = read_log(tmp_path)
+
+    # bfloat16 is for the forward passes of both models; the weights stay float32.
+    policy, reference = load(small / "model"), load(small / "model")
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
+    settings = SETTINGS | {"lambda_d": 30.0, "micro_batch_size": 2}
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        batches = kto.training_batches(training, config, 0)
+        for entry, batch in zip(log, batches, strict=True):
+            metrics = kto.metrics_of(*kto.kto_step(policy, reference, batch, **settings))
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
+            optimizer.param_groups[0]["lr"] = entry["lr"]
+            optimizer.step()
+            optimizer.zero_grad()
+            metrics["grad_norm"] = norm.item()
+            assert metrics.items() <= entry.items()
+        metrics = kto.evaluate(policy, reference, held_out, 4, **settings)
+    assert evaluation == {"step": 4, **metrics}
+    norms = [entry["grad_norm"] for entry in log]
+    assert min(norms) < 10 < max(norms)  # so some steps are clipped, and some are not
+    assert_close(load(tmp_path).state_dict(), policy.state_dict(), rtol=0, atol=0)
 
 
-def test_the_rehearsal_has_the_longest_prompt_with_the_longest_completion(watched):
-    tokenizer = byte_tokenizer()
-    texts = [tokenizer.decode(ids) for ids in watched.rehearse.call_args.args[2:4]]
-    assert texts == ["Say 10→", "nononono</s>"]
-
-
-def test_a_run_that_finds_its_micro_batch_ends_as_if_it_had_been_given(
-    small, watched, tmp_path, capsys
-):
-    with memory_for(rows=2):
-        start(small, tmp_path, EPOCH_IN_BFLOAT16)
-    assert_same_result(tmp_path, watched.output)
-    assert "2 rows fit" in capsys.readouterr().out
-
-
-def test_adamw_trains_the_policy_alone_with_the_settings_that_were_given(watched):
-    (policy, _, _, optimizer, _), settings = watched.train.call_args
-    assert settings == {**SETTINGS, "micro_batch_size": 2}
-    [group] = optimizer.param_groups
-    assert type(optimizer) is torch.optim.AdamW and group["weight_decay"] == 0.0
-    assert list(map(id, group["params"])) == list(map(id, policy.parameters()))
-
-
-def test_at_first_policy_and_reference_are_equal_in_spite_of_dropout_then_no_more(watched):
-    # A loss is lambda / 2. As no r is above z0, the accuracy is the share of undesirable rows:
-    # three of four, in the order that seed 7 gives.
-    first, second = read_log(watched.output)[:2]
-    assert first["margin"] == first["kl"] == first["z0"] == 0 != second["kl"]
-    assert first["accuracy"] == 3 / 4
-    assert first["loss"] == pytest.approx((1.4 + 3 * 0.7) / 4 / 2)
-
-
-def test_policy_and_reference_end_as_what_is_saved_and_as_what_was_loaded(small, watched):
-    # bfloat16 is for the forward passes of each of the two; its weights stay float32.
-    policy, reference, *_ = watched.run.call_args.args
-    for model, folder in ((policy, watched.output), (reference, small / "model")):
-        assert model.dtype == torch.float32
-        with torch.autocast("cpu", torch.bfloat16):
-            expected = kto.completion_logps(load(folder), PROMPTS, COMPLETIONS)
-        assert torch.equal(kto.completion_logps(model, PROMPTS, COMPLETIONS), expected)
-
-
-def test_the_logged_metrics_are_those_of_all_held_out_rows_together(watched):
-    # There is a batch of four, so that each meets the completion of the next, and one of two.
-    policy, reference, training, held_out, *_ = watched.run.call_args.args
+def test_held_out_rows_are_measured_together_but_for_one_that_has_no_next_row(tmp_path):
+    rows = loaded(settings_for(tmp_path, "aBcDe"))
+    policy, reference = policy_and_reference()
     with torch.no_grad():
-        four = kto.kto_step(policy, reference, held_out[:4], 2, **SETTINGS)
-        two = kto.kto_step(policy, reference, held_out[4:], 2, **SETTINGS)
-    last = read_log(watched.output)[-1]
-    for name, value in kto.metrics_of(*map(torch.cat, zip(four, two))).items():
-        assert last[f"eval_{name}"] == value
-
-    # A last batch of one row is left out. No gradient is left for the next step.
-    five = kto.evaluate(policy, reference, held_out.take(5), 4)
-    assert five == kto.evaluate(policy, reference, held_out.take(4), 4)
-    assert set(gradient_of(policy)) == {None}
-
-    # No row is both trained on and held out.
-    prompts = [*map(tuple, training["prompt"]), *map(tuple, held_out["prompt"])]
-    assert len(prompts) == len(set(prompts)) == 18 + 6
+        first = kto.kto_step(policy, reference, rows[:3], **SETTINGS)
+        second = kto.kto_step(policy, reference, rows[3:], **SETTINGS)
+    together = kto.metrics_of(*map(torch.cat, zip(first, second)))
+    metrics = kto.evaluate(policy, reference, rows, 3, **SETTINGS)
+    assert metrics == {f"eval_{name}": value for name, value in together.items()}
+    four = kto.evaluate(policy, reference, rows.take(4), 3)
+    assert four == kto.evaluate(policy, reference, rows.take(3), 3)
+    assert set(gradient_of(policy)) == {None}  # for the next step
 
 
-def test_a_single_held_out_row_is_not_evaluated(small, tmp_path):
-    start(small, tmp_path, "--epochs 1 --holdout 0.01")
-    assert "eval_loss" not in read_log(tmp_path)[-1]
+def test_the_longest_texts_are_checked_and_rehearsed(small, tmp_path):
+    check = mock.patch("kto.check_model", wraps=kto.check_model)
+    rehearse = mock.patch("kto.rehearse", wraps=kto.rehearse)
+    with check as checked, rehearse as rehearsed:
+        start(small, tmp_path, "--epochs 1")
+    longest = rehearsed.call_args.args[2:4]
+    assert list(map(byte_tokenizer().decode, longest)) == ["Say 10→", "nononono</s>"]
+    assert checked.call_args.args[1:3] == longest
 
 
-def test_a_run_stopped_by_the_keyboard_goes_on_to_the_same_bits(small, stopped, whole, tmp_path):
-    # Step 5 was finished; between the six lines of the steps is that of an evaluation.
-    assert read_log(stopped) == read_log(whole)[:7]
+def test_the_bar_shows_loss_z0_and_margin_and_a_single_held_out_row_is_not_evaluated(
+    small, tmp_path
+):
+    with mock.patch("kto.tqdm") as bar:
+        start(small, tmp_path, "--epochs 1 --holdout 0.01")
+    log = read_log(tmp_path)
+    shown = {name: log[4][name] for name in ("loss", "z0", "margin")}
+    bar.return_value.set_postfix.assert_called_with(shown)
+    assert bar.return_value.update.call_count == len(log) == 5  # no evaluation of a single row
 
-    # Places may change. If the policy of the checkpoint became the reference, the rewards would
-    # start at 0 again.
-    moved = shutil.copytree(stopped, tmp_path / "moved")
+
+@pytest.mark.parametrize("step, sent, lines", [(5, signal.SIGINT, 7), (7, signal.SIGTERM, 9)])
+def test_a_run_that_is_stopped_saves_at_once_and_goes_on_to_the_same_bits(
+    small, whole, tmp_path, capfd, step, sent, lines
+):
+    output = tmp_path / "new" / "output"
+    stop_in_step(step, sent, small, output)
+    printed = capfd.readouterr()
+    assert "saves after this step" in printed.err and "The last checkpoint is" in printed.out
+    # The step was finished. With its line there are that of the first evaluation,
+    # and of no other.
+    assert read_log(output) == read_log(whole)[:lines]
+
+    # Places may change. If the policy of the checkpoint became the reference, the
+    # rewards would start at 0 again.
+    moved = shutil.copytree(output, tmp_path / "moved")
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
     start(small, moved, f"--resume --data {data} --save_every 4 --micro_batch_size 4")
     assert_same_result(moved, whole)
 
     # No step was done twice: the log begins with the same seconds.
-    lines = (stopped / "metrics.jsonl").read_text()
-    assert (moved / "metrics.jsonl").read_text().startswith(lines)
+    seconds = (output / "metrics.jsonl").read_text()
+    assert (moved / "metrics.jsonl").read_text().startswith(seconds)
 
 
-def test_sigterm_in_the_last_step_of_an_epoch_saves_at_once(small, whole, tmp_path, capfd):
-    stop_in_step(7, signal.SIGTERM, small, tmp_path)
-    printed = capfd.readouterr()
-    assert "saves after this step" in printed.err and "The last checkpoint is" in printed.out
-    assert read_log(tmp_path) == read_log(whole)[:9]  # 8 steps and the evaluation of one epoch
-    start(small, tmp_path, "--resume")
-    assert_same_result(tmp_path, whole)
-
-
-def test_the_bar_shows_loss_z0_and_margin(watched):
-    entry = read_log(watched.output)[3]
-    shown = watched.bar.set_postfix.call_args.args[0]
-    assert shown == {name: entry[name] for name in ("loss", "z0", "margin")}
-
-
-@pytest.mark.parametrize("name", ["render", "encode", "completion_logps", "chart", "evaluate"])
+@pytest.mark.parametrize("name", ["render", "encode", "score", "rehearse", "chart", "evaluate"])
 def test_a_bug_in_this_file_keeps_its_traceback(small, tmp_path, capsys, name):
-    def bug(*args, **settings):
-        raise KeyError("z9")
-
-    with mock.patch(f"kto.{name}", bug), pytest.raises(KeyError, match="z9"):
+    bug = mock.patch(f"kto.{name}", side_effect=KeyError("z9"))
+    with bug, pytest.raises(KeyError, match="z9"):
         start(small, tmp_path)
     saved = "The last checkpoint is" in capsys.readouterr().out
     assert saved == (name == "evaluate")  # which comes after the checkpoint of the first epoch
 
 
-def test_a_bug_is_not_one_line_in_the_program_either(small, tmp_path):
-    bug = mock.patch("torch.nn.utils.clip_grad_norm_", side_effect=KeyError("z9"))
-    with bug, pytest.raises(KeyError, match="z9"):
-        run_file(small, tmp_path, "")
+def test_in_the_program_too_a_bug_keeps_its_traceback_and_the_keyboard_has_none(small, tmp_path):
+    clip = "torch.nn.utils.clip_grad_norm_"
+    with mock.patch(clip, side_effect=KeyError("z9")), pytest.raises(KeyError, match="z9"):
+        run_file(small, tmp_path / "bug", "")
+    with mock.patch(clip, side_effect=KeyboardInterrupt), pytest.raises(SystemExit, match="130"):
+        run_file(small, tmp_path / "stopped", "")
 
 
 # ---- The chart -----------------------------------------------------------------------------------
 
 
 def chart(z0, undesirable, desirable):
-    """The line of step 7. Of its 71 columns 35 is 0; with this beta a column is 0.2 nats."""
+    """The line of step 7. Of its 71 columns 35 is 0, and a column is 0.2 nats."""
     entry = {"step": 7, "z0": z0, "reward_undesirable": undesirable, "reward_desirable": desirable}
     return kto.chart(entry, beta=0.5)
 
 
-def test_the_chart_puts_each_mark_in_its_place():
-    # U is at 35 - 2.0 / 0.2 = 25, z at 35, and D at 35 + 3.12 / 0.2 = 50.6, rounded 51.
+def test_the_chart_puts_each_mark_in_its_place_or_at_the_edge_but_none_that_is_absent():
+    # U is at 35 - 2.0 / 0.2 = 25, z at 35, and D at 35 + 3.12 / 0.2 = 50.6, so 51.
     line = chart(z0=0.0, undesirable=-2.0, desirable=3.12)
     assert line == f"     7 {'.' * 25}U{'.' * 9}z{'.' * 15}D{'.' * 19}"
-
-
-def test_what_is_too_far_for_the_chart_is_at_its_edge_and_what_is_absent_nowhere():
     assert chart(z0=7.2, undesirable=-7.2, desirable=None) == f"     7 U{'.' * 69}z"
 
 
@@ -1633,7 +1486,9 @@ def test_a_run_shows_size_chart_metrics_and_three_answers_before_and_after(small
     printed = (whole.parent / "printed.txt").read_text()
     log, tokenizer = read_log(whole), transformers.AutoTokenizer.from_pretrained(whole)
     assert "4 rows fit" in printed
-    assert f"held out: loss {log[-1]['eval_loss']:.3f}" in printed
+    last = log[-1]
+    held_out = f"held out: loss {last['eval_loss']:.3f}, accuracy {last['eval_accuracy']:.2f}\n"
+    assert held_out in printed and "a dot: 0.333333 nats" in printed
 
     # 20 steps in at most 16 lines: every second one.
     steps = [entry for entry in log if "loss" in entry]
@@ -1646,8 +1501,8 @@ def test_a_run_shows_size_chart_metrics_and_three_answers_before_and_after(small
     prompt, *pair = answers[1]
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     for answer, folder in zip(pair, (small / "model", whole)):
-        text = tokenizer.decode(load(folder).generate(ids, max_new_tokens=64, do_sample=False)[0])
-        assert text.startswith(prompt + answer)
+        [written] = load(folder).generate(ids, max_new_tokens=64, do_sample=False)
+        assert tokenizer.decode(written, skip_special_tokens=True) == prompt + answer
 
 
 def test_an_output_that_is_in_use_is_refused(whole, stopped, refused):
@@ -1661,21 +1516,27 @@ def test_the_toy_may_be_run_again_and_again_in_its_own_folder(small, tmp_path, m
     monkeypatch.chdir(tmp_path)
     with mock.patch("kto.tiny_model", return_value=random_model(vocab_size=999)):
         start(small, "kto-tiny", "--model tiny --epochs 2 --holdout 0")
+        Path("kto-tiny/checkpoint.pt").write_bytes(b"of a demo that was stopped")
         start(small, "kto-tiny", "--model tiny --epochs 1 --holdout 0")
     assert len(read_log(Path("kto-tiny"))) == 6
-    with pytest.raises(kto.InputError, match="in use"):
+    with input_error("in use"):
         start(small, "kto-tiny")  # another model
 
 
 def test_what_cannot_be_used_is_one_line_and_status_2(refused, tmp_path, monkeypatch):
     data, output = tmp_path / "rows.jsonl", tmp_path / "output"
     data.write_bytes(b"\xe9")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     assert refused(output, f"--model tiny --data {data}").startswith(f"{data}:1: ")
     assert "no such file" in refused(output, f"--data {tmp_path}/none")
     assert "--device nowhere" in refused(output, "--device nowhere")
     assert "less than one batch" in refused(output, "--batch_size 19")
+    assert "Not a directory" in refused(data / "output")
     assert not output.exists()
-    assert "norm is nan; lower the lr" in refused(output, "--lr 1e30 --save_every 1")
+    full = torch.OutOfMemoryError("out of memory")
+    with mock.patch("torch.nn.utils.clip_grad_norm_", side_effect=full):
+        assert refused(output) == "out of memory"
+    assert "norm is nan; lower the lr" in refused(output, "--lr 1e30 --save_every 1 --resume")
     assert f"The last checkpoint is {output}" in refused.stdout  # of the step before
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in refused(output, "--resume")
@@ -1690,22 +1551,25 @@ def test_a_console_that_lacks_a_character_does_not_end_a_run(small, tmp_path, mo
 
 
 # ---- It learns what the paper says it learns: the task -------------------------------------------
-# A prompt is two tokens, a topic and a detail. The right answer is one of 16 tokens and depends on
-# the topic alone. The reference answers half of the topics right and has learned a mistake in each
-# of the others. It answers 2,048 of the 64 x 64 prompts, each once; the answers are labelled,
-# right = desirable, and the policy is told nothing else. Success is counted on 1,024 other prompts,
-# on which neither the reference nor the policy was trained.
+# A prompt is two tokens, a topic and a detail. The right answer is one of 16 tokens
+# and depends on the topic alone. The reference answers half of the topics right and
+# has learned a mistake in each of the others. It answers 2,048 of the 64 x 64
+# prompts, each once; the answers are labelled, right = desirable, and the policy is
+# told nothing else. Success is counted on 1,024 other prompts, on which neither the
+# reference nor the policy was trained.
 
 SEED = 0
 TOPICS = range(16, 80)
 DETAILS = range(80, 144)
 PHRASE = [144, 145, 146, 147]  # tokens that the reference never writes
 VOCABULARY = 148
+Row = collections.namedtuple("Row", "prompt completion label")
 RIGHT = dict(zip(TOPICS, random.Random(5).choices(range(16), k=64)))
 
 
 def beliefs():
-    """The chances of each answer in each topic, as the reference is taught them: (V, V)."""
+    """The chances of each answer in each topic, as the reference is
+    taught them: (V, V)."""
     chances = torch.zeros(VOCABULARY, VOCABULARY)
     for topic, right in RIGHT.items():
         if topic % 2 == 0:
@@ -1724,7 +1588,8 @@ def shuffled(items, dice):
 
 
 def prompts_of(seed):
-    """All prompts, shuffled. Feedback is on the first of them, success is counted on the last."""
+    """All prompts, shuffled. Feedback is on the first of them, success is counted on
+    the last."""
     prompts = list(itertools.product(TOPICS, DETAILS))
     return shuffled(prompts, random.Random(seed))
 
@@ -1739,7 +1604,8 @@ def right_answers(prompts):
 
 @functools.cache
 def mistaken(seed):
-    """The reference: right in half of the topics, sure of a wrong answer in the other half."""
+    """The reference: right in half of the topics, sure of a wrong answer in the
+    other half."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
@@ -1772,8 +1638,9 @@ def mistaken(seed):
 def success(model, seed):
     """(sampled, greedy): the share of right answers to the 1,024 other prompts.
 
-    The first is the share to expect at temperature 1, which is the mean chance of a right answer.
-    The second is the share of prompts of which the likeliest answer is right.
+    The first is the share to expect at temperature 1, which is the mean chance of a
+    right answer. The second is the share of prompts of which the likeliest answer is
+    right.
     """
     prompts = prompts_of(seed)[-1024:]
     right = right_answers(prompts)
@@ -1784,10 +1651,11 @@ def success(model, seed):
 
 
 def feedback(seed, wrong=0.0, asked=2048, answers=1, phrase=(), compared=False):
-    """Rows: the reference's answers, with `phrase` after each, a share of the labels wrong.
+    """Rows: the reference's answers, with `phrase` after each, a share of the labels
+    wrong.
 
-    If the answers to a prompt are compared, a wrong verdict turns the labels of all of them round.
-    Otherwise each answer is labelled, and mislabelled, on its own.
+    If the answers to a prompt are compared, a wrong verdict turns the labels of all
+    of them round. Otherwise each answer is labelled, and mislabelled, on its own.
     """
     prompts = prompts_of(seed)[:asked]
     torch.manual_seed(seed)
@@ -1798,27 +1666,28 @@ def feedback(seed, wrong=0.0, asked=2048, answers=1, phrase=(), compared=False):
     labels = is_right ^ is_turned  # (asked, answers)
 
     rows = []
-    for i, j in itertools.product(range(asked), range(answers)):
-        completion = [sampled[i, j].item(), *phrase]
-        label = labels[i, j].item()
-        rows.append({"prompt": prompts[i], "completion": completion, "label": label})
+    for prompt, its_answers, its_labels in zip(prompts, sampled.tolist(), labels.tolist()):
+        for answer, label in zip(its_answers, its_labels):
+            rows.append(Row(prompt, [answer, *phrase], label))
     return rows
 
 
 def by_label(rows):
     """(the desirable rows, the undesirable ones)"""
-    good = [row for row in rows if row["label"]]
-    bad = [row for row in rows if not row["label"]]
+    good = [row for row in rows if row.label]
+    bad = [row for row in rows if not row.label]
     return good, bad
 
 
 def weight_of_eq_9(rows):
-    """The lambda_d with which both classes weigh the same: Eq. 9 asks for 1 to 3/2 times this."""
+    """The lambda_d with which both classes weigh the same: Eq. 9 asks for 1 to 3/2
+    times this."""
     good, bad = by_label(rows)
     return len(bad) / len(good)
 
 
-# What a method passes over, in a new order each time: all rows, or what it makes of them.
+# What a method passes over, in a new order each time: all rows, or what it makes
+# of them.
 
 
 def desirable_only(rows, dice):
@@ -1827,7 +1696,7 @@ def desirable_only(rows, dice):
 
 
 def paired(rows, dice):
-    """For DPO: chosen and rejected in turn. Two answers with the same label make no pair."""
+    """For DPO: chosen and rejected in turn. Two of the same label make no pair."""
     pairs = []
     for first, second in zip(rows[0::2], rows[1::2]):
         good, bad = by_label([first, second])
@@ -1840,19 +1709,21 @@ def paired(rows, dice):
 
 
 def dpo_loss(policy_logps, reference_logps, beta):
-    """The DPO loss of each pair (Rafailov et al. 2023, Eq. 7); chosen and rejected take turns."""
+    """The DPO loss of each pair (Rafailov et al. 2023, Eq. 7); chosen and rejected
+    take turns."""
     r = policy_logps - reference_logps  # (B,)
     return -torch.nn.functional.logsigmoid(beta * (r[0::2] - r[1::2]))  # (B / 2,)
 
 
 def sft_loss(policy_logps, completions):
-    """The SFT loss of a batch: minus the log-prob of a completion token, mean over all of them."""
+    """The SFT loss of a batch: minus the log-prob of a completion token, on average."""
     tokens = sum(len(y) for y in completions)
     return -policy_logps.sum() / tokens
 
 
 def logistic_loss(policy_logps, reference_logps, z0, desirable, beta, lambda_d=1.0):
-    """kto_loss with -log sigmoid for 1 - sigmoid: it is steepest where a row is farthest off."""
+    """kto_loss with -log sigmoid for 1 - sigmoid: it is steepest where a row is
+    farthest off."""
     r = policy_logps - reference_logps  # (B,)
     gain = torch.where(desirable, r - z0, z0 - r)
     weight = torch.where(desirable, lambda_d, 1.0)
@@ -1864,18 +1735,18 @@ def no_reference_point(policy_logps, reference_logps):
 
 
 def test_the_other_losses_worked_by_hand():
-    # beta = 1/2. DPO: r is 2 ln 3 + 1 and 1, -log sigmoid(ln 3) = ln 4/3. With the pair turned
-    # round it is -log sigmoid(-ln 3) = ln 4. With z0 = 1 the logistic loss has the same values,
-    # times lambda_d if the row is desirable.
-    high, values = 2 * math.log(3) + 1, tensor([math.log(4 / 3), math.log(4)])
-    r = tensor([high, 1.0, 1.0, high])
-    assert_close(dpo_loss(r - 20, tensor(-20.0), beta=0.5), values)
-    good, bad = tensor([True, False]), torch.zeros(2)
-    losses = logistic_loss(r[0], bad, 1.0, good, beta=0.5, lambda_d=3.0)
+    # With beta = 1/2, r = 2 ln 3 for one and 0 for the other, DPO is -log sigmoid(ln
+    # 3), which is ln 4/3, and -log sigmoid(-ln 3) = ln 4 with the pair turned round.
+    # With r - z0 = 2 ln 3 the logistic loss has the same values, times lambda_d if
+    # the row is desirable.
+    r, values = 2 * math.log(3), tensor([math.log(4 / 3), math.log(4)])
+    assert_close(dpo_loss(tensor([r, 0, 0, r]), torch.zeros(4), beta=0.5), values)
+    losses = logistic_loss(tensor([r + 1, r + 1]), 0, 1.0, desirable("DU"), 0.5, lambda_d=3.0)
     assert_close(losses, values * tensor([3.0, 1.0]))
 
-    # SFT: 6 nats over three tokens and 1 nat over one are 7/4 a token. (Mean of rows: 3/2.)
-    assert sft_loss(tensor([-6.0, -1.0]), [[5, 6, 0], [0]]).item() == 1.75
+    # SFT: 6 nats over three tokens and 1 nat over one are 7/4 a token. (Mean of
+    # rows: 3/2.)
+    assert sft_loss(tensor([-6.0, -1.0]), [[5, 6, 0], [0]]) == 1.75
 
 
 # ---- Training, the same for each method ----------------------------------------------------------
@@ -1883,23 +1754,21 @@ def test_the_other_losses_worked_by_hand():
 
 def logps(model, rows):
     """log pi(y|x) of each row: (B,)."""
-    x = [row["prompt"] for row in rows]
-    y = [row["completion"] for row in rows]
-    return kto.completion_logps(model, x, y)
+    prompts, completions, _ = zip(*rows)
+    return kto.completion_logps(model, prompts, completions)
 
 
 def kto_batch(
     policy, reference, rows, beta, loss=kto.kto_loss, point=kto.reference_point, lambda_d=1.0
 ):
-    """The mean KTO loss of a batch, or that of a variant with another loss or reference point."""
-    x = [row["prompt"] for row in rows]
-    y = [row["completion"] for row in rows]
-    y_next = y[1:] + y[:1]
-    policy_logps, policy_next = kto.completion_logps(policy, x + x, y + y_next).chunk(2)
-    reference_logps, reference_next = kto.completion_logps(reference, x + x, y + y_next).chunk(2)
+    """The mean KTO loss of a batch, or that of a variant with another loss or
+    reference point."""
+    prompts, completions, labels = zip(*rows)
+    both = [*rows, *zip(prompts, completions[1:] + completions[:1], labels)]  # the mismatched too
+    policy_logps, policy_next = logps(policy, both).chunk(2)
+    reference_logps, reference_next = logps(reference, both).chunk(2)
     z0 = point(policy_next, reference_next)
-    desirable = tensor([row["label"] for row in rows])
-    losses = loss(policy_logps, reference_logps, z0, desirable, beta, lambda_d=lambda_d)
+    losses = loss(policy_logps, reference_logps, z0, tensor(labels), beta, lambda_d=lambda_d)
     return losses.mean()
 
 
@@ -1910,11 +1779,12 @@ def dpo_batch(policy, reference, rows, beta):
 
 def sft_batch(policy, reference, rows, beta):
     """The SFT loss of a batch, which knows neither reference nor beta."""
-    return sft_loss(logps(policy, rows), [row["completion"] for row in rows])
+    return sft_loss(logps(policy, rows), [row.completion for row in rows])
 
 
 def train(rows, seed, batch_loss, order, beta, learning_rate, passes, **settings):
-    """The trained policy. The reference, of which it is a copy, never gets a gradient."""
+    """The trained policy. The reference, of which it is a copy, never gets a
+    gradient."""
     reference = mistaken(seed)
     policy = copy.deepcopy(reference).requires_grad_(True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
@@ -1924,22 +1794,23 @@ def train(rows, seed, batch_loss, order, beta, learning_rate, passes, **settings
         ordered = order(rows, dice)
         for start in range(0, len(ordered) - 1, 32):  # a last batch of one row is left out
             batch = ordered[start : start + 32]
-            loss = batch_loss(policy, reference, batch, beta, **settings)
-            loss.backward()
+            batch_loss(policy, reference, batch, beta, **settings).backward()
             optimizer.step()
             optimizer.zero_grad()
     return policy
 
 
-# Each method at its own best setting for each share of wrong labels: beta, learning rate, passes.
-# Before it stands how many settings were tried for each share, or more: on seeds 100 and 101, which
-# the table does not use, by the sum of sampled and greedy success. With wrong labels, the best of
-# these were tried again on the seeds 100 to 103, which decided. Beta was 0.3 to 10 for KTO, 0.03 to
-# 1 for logistic KTO, and 0.01 to 3 for DPO, which no longer changes below 0.03. The learning rate
-# was 5e-4 to 4e-3, with wrong labels also lower, and for SFT 1.25e-4 to 1.6e-2. Passes were 1 to 8,
-# for DPO 2 to 16 or 32, and for SFT 1 to 16. "DPO" has a judge who compares two answers: of its
-# verdicts a share is wrong. "DPO, two labels" makes its pairs of labels that KTO could use: each
-# label is wrong as often, but this seldom turns a pair round.
+# Each method at its own best setting for each share of wrong labels: beta, learning
+# rate, passes. Before it stands how many settings were tried for each share, or
+# more: on seeds 100 and 101, which the table does not use, by the sum of sampled and
+# greedy success. With wrong labels, the best of these were tried again on the seeds
+# 100 to 103, which decided. Beta was 0.3 to 10 for KTO, 0.03 to 1 for logistic KTO,
+# and 0.01 to 3 for DPO, which no longer changes below 0.03. The learning rate was
+# 5e-4 to 4e-3, with wrong labels also lower, and for SFT 1.25e-4 to 1.6e-2. Passes
+# were 1 to 8, for DPO 2 to 16 or 32, and for SFT 1 to 16. "DPO" has a judge who
+# compares two answers: of its verdicts a share is wrong. "DPO, two labels" makes its
+# pairs of labels that KTO could use: each label is wrong as often, but this seldom
+# turns a pair round.
 logistic_batch = functools.partial(kto_batch, loss=logistic_loss)
 METHODS = {
     "KTO": (
@@ -1977,7 +1848,8 @@ METHODS = {
 
 @functools.cache
 def learned(name, wrong, seed, asked=2048, answers=1):
-    """(sampled, greedy) of a method. DPO gets as many answers, two to each of 1,024 prompts."""
+    """(sampled, greedy) of a method. DPO gets as many answers, two to each of 1,024
+    prompts."""
     batch_loss, order, grid, best = METHODS[name]
     beta, learning_rate, passes = best[wrong]
     if order is paired:
@@ -1993,8 +1865,8 @@ def learned(name, wrong, seed, asked=2048, answers=1):
 def unequal(seed, weigh):
     """(sampled, greedy) of KTO where one row is desirable for nine that are not.
 
-    A larger beta saturates sooner, so that less depends on the weight: at beta 1, 0.80 to 0.90
-    of the sampled answers are right without it and 0.98 with it.
+    A larger beta saturates sooner, so that less depends on the weight: at beta 1,
+    0.80 to 0.90 of the sampled answers are right without it and 0.98 with it.
     """
     good, bad = by_label(feedback(seed))
     rows = good[: len(bad) // 9] + bad  # about 150 + 1,330
@@ -2007,19 +1879,20 @@ def no_weight(rows):
 
 
 def likelier(seed, point):
-    """Where all completions grow likelier: (sampled, greedy, margin in r at the end).
+    """Where all completions grow likelier: (sampled, greedy, margin in r at the
+    end).
 
-    Another hand added four tokens to every answer, which the reference never writes there, and five
-    rows of six are desirable: so the phrase is learned first, and all r grow, good or bad.
+    Another hand added four tokens to every answer, which the reference never writes
+    there, and five rows of six are desirable: so the phrase is learned first, and
+    all r grow, good or bad.
     """
     good, bad = by_label(feedback(seed, phrase=PHRASE))
-    bad = bad[: len(good) // 5]
-    policy = train(good + bad, seed, kto_batch, shuffled, 0.3, 1e-3, 4, point=point)
+    rows = good + bad[: len(good) // 5]
+    policy = train(rows, seed, kto_batch, shuffled, 0.3, 1e-3, 4, point=point)
 
-    reference = mistaken(seed)
-    r_good = (logps(policy, good) - logps(reference, good)).mean()
-    r_bad = (logps(policy, bad) - logps(reference, bad)).mean()
-    return *success(policy, seed), (r_good - r_bad).item()
+    r = logps(policy, rows) - logps(mistaken(seed), rows)
+    margin = r[: len(good)].mean() - r[len(good) :].mean()
+    return *success(policy, seed), margin.item()
 
 
 # ---- What it learns ------------------------------------------------------------------------------
@@ -2033,8 +1906,9 @@ def test_one_label_a_prompt_teaches_what_is_right_on_prompts_never_seen():
 
 def test_with_a_fifth_wrong_kto_is_ahead_of_dpo_and_of_sft_which_suffices_on_clean_labels():
     assert min(learned("SFT", 0.0, SEED)) > 0.9  # 0.98 1.00 1.00 0.99 1.00
-    # KTO, sampled: 0.94 0.96 0.95 0.95 0.95; greedy: 0.98 1.00 1.00 1.00 1.00. Its greedy answers
-    # are ahead of DPO's by 0.08 in the mean of five seeds but by 0.05 in this one: less is claimed.
+    # KTO, sampled: 0.94 0.96 0.95 0.95 0.95; greedy: 0.98 1.00 1.00 1.00 1.00. Its
+    # greedy answers are ahead of DPO's by 0.08 in the mean of five seeds but by 0.05
+    # in this one: less is claimed.
     sampled, greedy = learned("KTO", 0.2, SEED)
     dpo_sampled, dpo_greedy = learned("DPO", 0.2, SEED)
     assert sampled > dpo_sampled + 0.08  # 0.81 0.88 0.82 0.78 0.79
@@ -2050,10 +1924,11 @@ def test_one_desirable_row_for_nine_is_enough_with_the_weights_of_eq_9_and_only_
 
 
 def test_z0_keeps_the_loss_from_saturating_where_all_completions_grow_likelier():
-    # z0 grows with all r, and what is left to gain is r - z0: good rows must get more than bad.
-    # Held at 0, beta * r soon is 10: no good row can get better and no bad row is worth a try, both
-    # are left without gradient (Eq. 10), and right and wrong answers stay about as likely.
-    # The margin says less: without z0 it is 2.5 2.9 22 2.0 5.1, and with it 7.4 8.8 5.9 10 21.
+    # z0 grows with all r, and what is left to gain is r - z0: good rows must get
+    # more than bad. Held at 0, beta * r soon is 10: no good row can get better and
+    # no bad row is worth a try, both are left without gradient (Eq. 10), and right
+    # and wrong answers stay about as likely. The margin says less: without z0 it is
+    # 2.5 2.9 22 2.0 5.1, and with it 7.4 8.8 5.9 10 21.
     sampled, greedy, margin = likelier(SEED, kto.reference_point)
     assert sampled > 0.6  # 0.82 0.79 0.80 0.75 0.63
     assert greedy > 0.8  # 0.99 0.97 0.92 1.00 0.91
@@ -2190,9 +2065,10 @@ def test_the_readmes_converters_make_rows():
         )
 
     # Of a chat with two rated answers, the later prompt has the earlier answer.
-    rows = make["chat_to_rows"]([*CHAT, ANSWER], [None, None, "down", None, "up"])
+    chat = [{"role": "system", "content": "Be kind"}, USER, ANSWER, USER, ANSWER]
+    rows = make["chat_to_rows"](chat, [None, None, "down", None, "up"])
     assert [row["label"] for row in rows] == [False, True]
-    assert [row["prompt"] for row in rows] == [CHAT[:2], CHAT]
+    assert [row["prompt"] for row in rows] == [chat[:2], chat[:4]]
     assert [row["completion"] for row in rows] == [[ANSWER], [ANSWER]]
 
 
