@@ -197,8 +197,9 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
 
     Returns (losses, r, z0, kl, desirable), tensors (m,) without gradient, for
     `metrics_of`. The kl of a row is log pi_theta(y'|x) - log pi_ref(y'|x), where y'
-    is the completion of the next row; their mean, clamped at 0, is z0. Under
-    `torch.no_grad()` the step only evaluates. Raises ValueError if m < 2.
+    is the completion of the next row. The mean of the m values of kl, clamped at 0,
+    is z0. Under `torch.no_grad()` the step only evaluates. Raises ValueError if
+    m < 2.
     """
     prompts, completions = batch["prompt"], batch["completion"]
     desirable = torch.tensor(batch["label"], dtype=torch.bool, device=policy.device)  # (m,)
@@ -231,7 +232,8 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
 
     r = policy_logps - reference_logps  # (m,)
     kl = policy_next_logps - reference_next_logps  # (m,)
-    # The one z0 is repeated for each row, so that several steps can be joined.
+    # The one z0 is repeated for each row, so that `evaluate` can join the rows of
+    # several steps.
     return losses, r, z0.expand(m), kl, desirable
 
 
@@ -322,7 +324,7 @@ class Config:
     epochs: int = 3  # passes over the data
     batch_size: int = 32  # m, the rows of one step; 8 to 128 are useful
     micro_batch_size: int | None = (
-        None  # most rows in memory at once; on cuda, halved until they fit
+        None  # rows in memory at once; if not given, all that fit on cuda, else 8
     )
     lr: float | None = None  # peak learning rate; if not given, 5e-6, and 5e-4 for "tiny"
     beta: float = 0.1  # a larger beta keeps the policy nearer the reference
@@ -509,7 +511,9 @@ def read_rows(path, tokenizer):
     """Stream the rows of a JSONL file as texts. Raises InputError with FILE:LINE."""
     special = special_tokens(tokenizer)
     count = 0
-    with open(path, "rb") as file:  # as bytes, so that a line ends at \n alone, as in an editor
+    # The file is read as bytes: as text, a line would also end at a lone \r, and the
+    # numbers of the lines would be wrong.
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.isspace():
                 continue
@@ -754,8 +758,8 @@ def check_model(model, x, y, config):
 
     # completion_logps uses no mask, because padding on the right makes no difference
     # to a causal model. Here the first token of y is scored alone, and then in a
-    # batch that pads it. This is done in float32, because bfloat16 rounds
-    # differently for other lengths.
+    # batch that pads it. This runs before `two_models` sets up bfloat16, which would
+    # round differently for other lengths.
     alone = score(model, [x], [y[:1]], 1)
     padded = score(model, [x, x], [y[:1], y], 2)
     if not padded.isfinite().all():
@@ -797,8 +801,8 @@ def rehearse(policy, reference, x, y, config):
         reserved = []
         try:
             # AdamW will need two numbers for each trained weight. They are in a
-            # list, so that `finally` can free them whether or not this memory could be
-            # had.
+            # list, so that `finally` can free them whether or not this memory could
+            # be had.
             trained = policy.num_parameters(only_trainable=True)
             reserved.append(torch.empty(2, trained, device=policy.device))
             kto_step(policy, reference, batch, size)
@@ -948,7 +952,9 @@ def run(policy, reference, training, held_out, config, decisive):
         if metrics["step"] % math.ceil(steps / 16) == 0:
             bar.write(chart(metrics, config.beta))
 
-        stopped = bool(signals)  # a signal that comes later than this waits for the next step
+        # A signal that comes later than this waits for the end of the next step, or
+        # of the evaluation that comes first.
+        stopped = bool(signals)
         if stopped or step % per_epoch == 0 or config.save_every and step % config.save_every == 0:
             save_checkpoint(checkpoint, parts, step=step, log=log.tell(), settings=decisive)
 
@@ -958,7 +964,11 @@ def run(policy, reference, training, held_out, config, decisive):
 
 def chart(metrics, beta):
     """A line of the chart, an axis of r: D and U, the mean of each class, and z,
-    which is z0."""
+    which is z0.
+
+    In the same place D covers U, and U covers z. What lies beyond an end of the axis
+    is drawn at this end.
+    """
     marks = {"z": "z0", "U": "reward_undesirable", "D": "reward_desirable"}
     line = ["."] * 71
     for mark, name in marks.items():
@@ -993,16 +1003,15 @@ def check_places(config):
         )
 
 
-def show_answers(policy, reference, tokenizer, prompts):
-    """Print greedy answers to some prompts, before and after the training.
-
-    The prompts are those of training, so that goes_on is not there.
-    """
-    for prompt in prompts:
+def show_answers(policy, reference, tokenizer, rows):
+    """Print greedy answers to the prompts of some rows, before and after the
+    training."""
+    for prompt, goes_on in zip(rows["prompt"], rows["goes_on"]):
         print("\n" + tokenizer.decode(prompt, skip_special_tokens=True))
-        ids = torch.tensor([prompt], device=policy.device)
+        asked = prompt + tokenizer(goes_on, add_special_tokens=False).input_ids
+        ids = torch.tensor([asked], device=policy.device)
         for name, model in (("before", reference), ("after", policy)):
-            answer = model.generate(ids, max_new_tokens=64, do_sample=False)[0, len(prompt) :]
+            answer = model.generate(ids, max_new_tokens=64, do_sample=False)[0, len(asked) :]
             print(f"  {name:6} {tokenizer.decode(answer, skip_special_tokens=True).strip()}")
 
 
@@ -1050,7 +1059,7 @@ def main():
         finally:  # also if the run was stopped, or ends with an error
             if checkpoint.exists():
                 print(f"\nThe last checkpoint is {checkpoint}: --resume goes on from there.")
-        show_answers(policy, reference, tokenizer, held_out[:3]["prompt"])
+        show_answers(policy, reference, tokenizer, held_out[:3])
 
 
 if __name__ == "__main__":

@@ -1505,6 +1505,19 @@ def test_a_run_shows_size_chart_metrics_and_three_answers_before_and_after(small
         assert tokenizer.decode(written, skip_special_tokens=True) == prompt + answer
 
 
+def test_answers_are_asked_for_as_at_inference():
+    tokenizer, asked = byte_tokenizer(), []
+
+    def generate(ids, **settings):
+        asked.append(tokenizer.decode(ids[0]))
+        return ids
+
+    model = mock.Mock(device="cpu", generate=generate)
+    rows = {"prompt": [tokenizer.encode("Hi")], "goes_on": ["<think>"]}
+    kto.show_answers(model, model, tokenizer, rows)
+    assert asked == ["Hi<think>"] * 2
+
+
 def test_an_output_that_is_in_use_is_refused(whole, stopped, refused):
     for output in (whole, stopped):
         before = contents(output)
@@ -1514,11 +1527,12 @@ def test_an_output_that_is_in_use_is_refused(whole, stopped, refused):
 
 def test_the_toy_may_be_run_again_and_again_in_its_own_folder(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with mock.patch("kto.tiny_model", return_value=random_model(vocab_size=999)):
+    with mock.patch("kto.tiny_model", return_value=random_model(vocab_size=999)) as toy:
         start(small, "kto-tiny", "--model tiny --epochs 2 --holdout 0")
         Path("kto-tiny/checkpoint.pt").write_bytes(b"of a demo that was stopped")
-        start(small, "kto-tiny", "--model tiny --epochs 1 --holdout 0")
-    assert len(read_log(Path("kto-tiny"))) == 6
+        start(small, "kto-tiny", "--model tiny --epochs 1")
+    assert len(read_log(Path("kto-tiny"))) == 4 + 1
+    assert len(toy.call_args.args[2]) == 18  # it is not taught what is held out
     with input_error("in use"):
         start(small, "kto-tiny")  # another model
 
@@ -1977,8 +1991,8 @@ def test_the_first_command_learns_and_its_reference_point_lives(tmp_path, monkey
         rows.append(take(dataset, count))
         return rows[-1]
 
-    def show_all(policy, reference, tokenizer, prompts):
-        show(policy, reference, tokenizer, rows[-1]["prompt"])
+    def show_all(policy, reference, tokenizer, three_rows):
+        show(policy, reference, tokenizer, rows[-1][:])
 
     show = kto.show_answers
     monkeypatch.setattr(datasets.Dataset, "take", keep)
