@@ -2149,7 +2149,10 @@ def test_the_readmes_lines_for_a_finished_model_run(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.startswith("{'eval_loss': ")
 
     # In bfloat16 a folder has half the size. The model can be talked to.
-    exec(readme_block("import torch\nfrom transformers import AutoModelForCausalLM\n\nmodel"), {})
+    exec(
+        readme_block("import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"),
+        {},
+    )
     sizes = [Path(name, "model.safetensors").stat().st_size for name in ("aligned", "aligned-bf16")]
     assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.1)
     exec(readme_block("from transformers import pipeline"), {})
