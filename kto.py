@@ -273,10 +273,11 @@ def train(policy, reference, batches, optimizer, first_step=0, **settings):
         for metrics in train(policy, reference, batches, optimizer, beta=0.1):
             print(metrics["loss"])
 
-    `batches` is an iterable of what `kto_step` takes, and `settings` are its keyword
-    arguments. After each update, yields the metrics that were measured before it; the
-    steps are numbered from `first_step`. Raises FloatingPointError before an update
-    whose gradient is infinite or NaN.
+    `batches` is an iterable of what `kto_step` takes. `settings` are the keyword
+    arguments of `kto_step`: micro_batch_size, beta, lambda_d and lambda_u. After
+    each update, yields the metrics that were measured before it; the steps are
+    numbered from `first_step`. Raises FloatingPointError before an update whose
+    gradient is infinite or NaN.
     """
     for step, batch in enumerate(batches, start=first_step):  # 1. Take m rows.
         began = time.perf_counter()
@@ -285,7 +286,7 @@ def train(policy, reference, batches, optimizer, first_step=0, **settings):
         # 6. Update, with the gradient clipped to a norm of 10 (Table 1).
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=10.0).item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"step {step}: the gradient's norm is {norm}; lower the lr")
+            raise FloatingPointError(f"step {step}: the gradient's norm is {norm}: take a lower lr")
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
@@ -369,8 +370,9 @@ def read_flags():
 # ---- The data: a line of the file -> texts -> token ids -> batches ----------------
 
 A_ROW = """A row is one whole line, and a line is one row: {"prompt": text or messages, \
-"completion": text or [message], "label": true or false}. Write each element of a JSON array \
-on a line of its own, and a preference pair as two rows."""
+"completion": text or [message], "label": true or false}. If the file is one array of rows, write \
+each row on a line of its own, without brackets and commas around it. Write a preference pair as \
+two rows."""
 
 # Columns of a row, and keys of a message, that are meant to change what is trained.
 # This file cannot use them, so it refuses them. Other columns are ignored, and named
@@ -489,9 +491,9 @@ def render(row, tokenizer, special):
         )
 
     # The prompt is the longest common beginning of both, but it must end before the
-    # answer's own text. Otherwise, if `asked` ends with <think> and the answer
-    # begins with <think>, the prompt would take a part of the answer.
-    before_answer = len(bare_chat) - len(bare_answer)
+    # answer's own text. For example, where `asked` ends with <think> and the answer
+    # begins with <think>, the common beginning would take the answer's <think>.
+    before_answer = len(bare_chat) - len(bare_answer)  # bare letters before the answer
     prompt = asked
     while not answered.startswith(prompt) or len(bare(prompt)) > before_answer:
         prompt = prompt[:-1]
@@ -522,7 +524,7 @@ def read_rows(path, tokenizer):
                 texts = render(row, tokenizer, special)
             except InputError as error:
                 raise InputError(f"{path}:{number}: {error}. {A_ROW}") from error
-            not_used = " ".join(row.keys() - {"prompt", "completion", "label"})
+            not_used = "\n".join(row.keys() - {"prompt", "completion", "label"})
             yield texts | {"label": bool(row["label"]), "line": number, "not_used": not_used}
             count += 1
     if count == 0:
@@ -550,7 +552,7 @@ def encode(row, tokenizer, config):
     The result has the ids of the prompt, and those of the completion with an end
     token. Prompt and completion are cut to their maximal lengths. The facts are both
     lengths before the cut, the end token and the highest id, which the model must
-    know, and a digest, by which equal rows are found. Raises InputError if prompt or
+    know, and a digest, by which answers with both labels are found. Raises InputError if prompt or
     completion has no token.
     """
     x, joined, eos = row["x"], row["joined"], tokenizer.eos_token_id
@@ -561,12 +563,14 @@ def encode(row, tokenizer, config):
     # because some tokenizers put a space before a text that stands alone.
     #
     # But a token of the joined text may lie across the border of prompt and
-    # completion. If goes_on is not empty, the border may move, because a program
-    # that uses the model later gives it x and goes_on, and not x alone. So x loses
-    # tokens until the joined text begins with x, and what x loses becomes the
-    # beginning of y. If goes_on is empty, x must stay as it is, and y is tokenised
-    # alone after all.
-    while row["goes_on"] and joined[: len(x)] != x:
+    # completion. If goes_on is empty, a program that uses the model later gives it
+    # exactly the ids x. So x must not change, and y is tokenised alone after all. If
+    # goes_on is not empty, such a program gives the model x and goes_on, so that the
+    # border may be moved: x loses tokens until the joined text begins with x. What x
+    # loses is then at the beginning of y, and also of goes_on.
+    goes_on = row["goes_on"]
+    while goes_on and joined[: len(x)] != x:
+        goes_on = tokenizer.decode(x[-1:]) + goes_on
         x = x[:-1]
     y = joined[len(x) :]
     if joined[: len(x)] != x:
@@ -589,7 +593,7 @@ def encode(row, tokenizer, config):
         "highest_id": max(x + y),
     }
     digest = hashlib.sha256(str(encoded).encode()).hexdigest()
-    return encoded | {"digest": digest[:16]}
+    return encoded | {"goes_on": goes_on, "digest": digest[:16]}
 
 
 def load_rows(config, tokenizer, folder):
@@ -641,12 +645,12 @@ def describe(facts, training, held_out, tokenizer, config):
 
     has_both_labels = facts.groupby("digest").label.nunique() == 2
     print(f"labels   {has_both_labels.sum()} answers have both labels")
-    not_used = sorted(set(" ".join(facts.not_used).split()))
+    not_used = sorted(set("\n".join(facts.not_used).split("\n")) - {""})
     print(f"columns  {len(not_used)} not used: {', '.join(not_used)}")
 
     cut_x = facts.prompt_tokens > config.max_prompt_length
     cut_y = facts.completion_tokens > config.max_completion_length
-    print(f"cut      {cut_x.sum()} prompts lose their beginning, with BOS and a system turn")
+    print(f"cut      {cut_x.sum()} prompts lose their beginning: BOS and a system turn too")
     print(f"         {cut_y.sum()} completions lose their end (see --max_completion_length)")
     if cut_y.mean() > 0.5:
         print("WARNING  most completions are cut, so that the model does not learn to end")
@@ -748,6 +752,7 @@ def check_model(model, x, y, config):
     """InputError if the model cannot score the longest prompt x with the longest
     completion y."""
     # They may meet as a mismatched pair, and `show_answers` writes up to 64 tokens.
+    # The few tokens of goes_on are neglected.
     length = len(x) + max(len(y), 64)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and length > limit:
@@ -800,9 +805,9 @@ def rehearse(policy, reference, x, y, config):
         batch = {"prompt": [x] * m, "completion": [y] * m, "label": [True] * m}
         reserved = []
         try:
-            # AdamW will need two numbers for each trained weight. They are in a
-            # list, so that `finally` can free them whether or not this memory could
-            # be had.
+            # AdamW will need two numbers for each trained weight. The tensor is kept
+            # in a list, so that `finally` can free it, also if there is none because
+            # its memory was not there.
             trained = policy.num_parameters(only_trainable=True)
             reserved.append(torch.empty(2, trained, device=policy.device))
             kto_step(policy, reference, batch, size)
@@ -952,8 +957,8 @@ def run(policy, reference, training, held_out, config, decisive):
         if metrics["step"] % math.ceil(steps / 16) == 0:
             bar.write(chart(metrics, config.beta))
 
-        # A signal that comes later than this waits for the end of the next step, or
-        # of the evaluation that comes first.
+        # A signal that comes later than this waits for the end of the next step. At
+        # the end of an epoch it waits for the end of the evaluation.
         stopped = bool(signals)
         if stopped or step % per_epoch == 0 or config.save_every and step % config.save_every == 0:
             save_checkpoint(checkpoint, parts, step=step, log=log.tell(), settings=decisive)
@@ -1058,7 +1063,8 @@ def main():
             checkpoint.unlink()
         finally:  # also if the run was stopped, or ends with an error
             if checkpoint.exists():
-                print(f"\nThe last checkpoint is {checkpoint}: --resume goes on from there.")
+                print(f"\nThe last checkpoint is {checkpoint}. With the same settings and with")
+                print("--resume, the run goes on from there.")
         show_answers(policy, reference, tokenizer, held_out[:3])
 
 

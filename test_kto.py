@@ -700,12 +700,16 @@ ROLES = ["system", "developer", "user", "assistant", "tool"]
 THOUGHT = "<think>\nHm.\n</think>\n\nHello"
 
 
-def texts(tokenizer, prompt="Hi", completion="Hello", **lengths):
-    """A row as the model sees it, with the border between prompt and completion."""
+def encoded(tokenizer, prompt="Hi", completion="Hello", **lengths):
+    """A row as a run has it."""
     with tempfile.TemporaryDirectory() as folder:
         data = write_rows(Path(folder) / "rows.jsonl", [(prompt, completion, True)])
-        row = loaded(kto.Config(data=data, **lengths), tokenizer)[0]
-    return decoded(row, tokenizer)
+        return loaded(kto.Config(data=data, **lengths), tokenizer)[0]
+
+
+def texts(tokenizer, *row, **lengths):
+    """A row as the model sees it, with the border between prompt and completion."""
+    return decoded(encoded(tokenizer, *row, **lengths), tokenizer)
 
 
 def test_plain_texts_stay_as_they_are_between_the_tokenizers_bos_and_one_eos():
@@ -769,7 +773,9 @@ def test_the_border_lies_between_tokens_where_inference_opens_a_thought_that_is_
     template = THINK_DROPPED.replace("|>{{ m", closed)
     tokenizer = byte_tokenizer(template)
     tokenizer.add_tokens(["<think>", "</think>"])
-    assert texts(tokenizer) == "<|user|>Hi<|assistant|> -> </think>Hello</s>"
+    row = encoded(tokenizer)
+    assert decoded(row, tokenizer) == "<|user|>Hi<|assistant|> -> </think>Hello</s>"
+    assert row["goes_on"] == "<think>\n"  # with its "<"
 
 
 def test_a_completion_ends_with_eos_even_if_its_last_token_decodes_to_nothing():
@@ -1550,7 +1556,7 @@ def test_what_cannot_be_used_is_one_line_and_status_2(refused, tmp_path, monkeyp
     full = torch.OutOfMemoryError("out of memory")
     with mock.patch("torch.nn.utils.clip_grad_norm_", side_effect=full):
         assert refused(output) == "out of memory"
-    assert "norm is nan; lower the lr" in refused(output, "--lr 1e30 --save_every 1 --resume")
+    assert "norm is nan: take a lower lr" in refused(output, "--lr 1e30 --save_every 1 --resume")
     assert f"The last checkpoint is {output}" in refused.stdout  # of the step before
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in refused(output, "--resume")
