@@ -904,18 +904,22 @@ def start_or_resume(config, checkpoint, parts, decisive):
     return step, log
 
 
+def optimizer_and_schedule(policy, steps, config):
+    """The paper names AdamW and the learning rate. The schedule is our choice: a
+    tenth of the steps to warm up, then a cosine down to a tenth of this rate."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+    schedule = transformers.get_scheduler(
+        "cosine_warmup_with_min_lr", optimizer, steps // 10, steps, {"min_lr_rate": 0.1}
+    )
+    return optimizer, schedule
+
+
 def run(policy, reference, training, held_out, config, decisive):
     """Train, with log, chart, evaluation, checkpoints and signals."""
     per_epoch = len(training) // config.batch_size
     steps = config.epochs * per_epoch
 
-    # The paper names AdamW and the learning rate. The schedule is our choice: a
-    # tenth of the steps to warm up, then a cosine down to a tenth of this rate.
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    schedule = transformers.get_scheduler(
-        "cosine_warmup_with_min_lr", optimizer, steps // 10, steps, {"min_lr_rate": 0.1}
-    )
-
+    optimizer, schedule = optimizer_and_schedule(policy, steps, config)
     parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
     checkpoint = config.output / "checkpoint.pt"
     step, log = start_or_resume(config, checkpoint, parts, decisive)
