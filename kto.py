@@ -418,7 +418,9 @@ def as_messages(value, role, special):
     """Returns messages: a text becomes one message, a list stays as it is. Raises
     InputError."""
     if not isinstance(value, (str, list)) or not value:
-        raise InputError(f"must be a text or a list of messages, not empty: {value!r:.80}")
+        raise InputError(
+            f"prompt and completion must be texts or messages, not empty: {value!r:.80}"
+        )
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     for message in value:
@@ -433,8 +435,8 @@ def as_messages(value, role, special):
         found = special.search(message["content"])
         if found:
             raise InputError(
-                f"{found[0]!r} is a special token or a template's tag: delete or change it, and "
-                "write texts as a person reads them"
+                f"{found[0]!r} is a special token, a template's tag or a list in quotes: delete "
+                "or change it, and write texts as a person reads them"
             )
     return value
 
@@ -444,8 +446,9 @@ def special_tokens(tokenizer):
     and [INST]."""
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     # A text may have been rendered for another model, so that model's tags are found
-    # too.
+    # too. A table may have made a text of a list of messages: that is found as well.
     of_others = r"<[|｜][^|｜<>\s]+[|｜]>|\[/?INST\]|<(?:start|end)_of_turn>"
+    of_others += r"|\A\s*\[\s*\{\s*[\"']role"
     return re.compile("|".join([of_others, *map(re.escape, tokens)]))
 
 
@@ -467,8 +470,8 @@ def render(row, tokenizer, special):
     """
     messages = as_messages(row["prompt"], "user", special)
     answer = as_messages(row["completion"], "assistant", special)
-    if len(answer) != 1 or answer[0]["role"] != "assistant":
-        raise InputError("completion must be a text or a list of one message of the assistant")
+    if len(answer) != 1 or answer[0]["role"] != "assistant" or not answer[0]["content"].strip():
+        raise InputError("completion must be a text or one message of the assistant, not blank")
     if messages[-1]["role"] == "assistant":
         raise InputError("prompt ends with an answer: completion must be the whole answer")
     if tokenizer.chat_template is None:
@@ -503,7 +506,8 @@ def render(row, tokenizer, special):
         if bare(message["content"]) not in bare_prompt:
             raise InputError(
                 f"the chat template loses or changes this message: {message!r:.80}; write it as "
-                "the template would, for example an earlier answer without its thought"
+                "the template would, for example an earlier answer without its thought, or the "
+                "text of a system message in a message of the user"
             )
     completion = answered[len(prompt) :].rstrip()  # no newline after the end token
     return {"prompt": prompt, "completion": completion, "goes_on": asked[len(prompt) :]}
@@ -564,25 +568,34 @@ def encode(row, tokenizer, config):
     #
     # But a token of the joined text may lie across the border of prompt and
     # completion. If goes_on is empty, a program that uses the model later gives it
-    # exactly the ids x. So x must not change, and y is tokenised alone after all. If
-    # goes_on is not empty, such a program gives the model x and goes_on, so that the
-    # border may be moved: x loses tokens until the joined text begins with x. What x
-    # loses is then at the beginning of y, and also of goes_on.
+    # exactly the ids x. So x must not change, and y is tokenised alone after all,
+    # unless this adds a space. If goes_on is not empty, such a program gives the
+    # model x and goes_on, so that the border may be moved: x loses tokens until the
+    # joined text begins with x. What x loses is then at the beginning of y, and also
+    # of goes_on.
     goes_on = row["goes_on"]
     while goes_on and joined[: len(x)] != x:
         goes_on = tokenizer.decode(x[-1:]) + goes_on
         x = x[:-1]
     y = joined[len(x) :]
+    place = f"{config.data}:{row['line']}"
     if joined[: len(x)] != x:
         y = tokenizer(row["completion"], add_special_tokens=False).input_ids
+        apart = tokenizer.decode(x + y, skip_special_tokens=True)
+        if apart != tokenizer.decode(joined, skip_special_tokens=True):
+            raise InputError(
+                f"{place}: the tokenizer adds a space between prompt and completion. "
+                "Move the space at the end of the prompt to the beginning of the completion"
+            )
     if not x or not y:
-        raise InputError(f"{config.data}:{row['line']}: prompt or completion becomes no token")
+        raise InputError(f"{place}: prompt or completion becomes no token")
 
     # Most chat templates close an answer with a special token. A token is special if
-    # `skip_special_tokens` removes it. If the last token is not special, EOS is
-    # added.
+    # `skip_special_tokens` removes it. If the last token is not special, or if it
+    # only stands for unknown letters, EOS is added.
     last = y[-1:]
-    if tokenizer.decode(last) == tokenizer.decode(last, skip_special_tokens=True):
+    is_text = tokenizer.decode(last) == tokenizer.decode(last, skip_special_tokens=True)
+    if is_text or last == [tokenizer.unk_token_id] != [eos]:
         y = y + [eos]
     encoded = {
         "prompt": x[-config.max_prompt_length :],
@@ -610,7 +623,9 @@ def load_rows(config, tokenizer, folder):
         raise error.__cause__  # what went wrong in read_rows
 
     def encode_many(texts):  # a thousand rows at once, as a dict of columns
-        columns = pandas.DataFrame(dict(texts) | tokenise(texts, tokenizer))
+        with errors_about(f"--model {config.model}: its tokenizer cannot encode --data"):
+            ids = tokenise(texts, tokenizer)
+        columns = pandas.DataFrame(dict(texts) | ids)
         rows = [encode(row, tokenizer, config) for row in columns.to_dict("records")]
         return pandas.DataFrame(rows).to_dict("list")
 
@@ -1057,7 +1072,8 @@ def main():
         # other settings change its result by rounding at most.
         decisive = {name: getattr(config, name) for name in DECISIVE.split()}
         encoded = facts[["digest", "label"]].to_csv().encode()
-        decisive["rows"] = hashlib.sha256(encoded).hexdigest()
+        digest = hashlib.sha256(encoded).hexdigest()
+        decisive["rows (a template may write the date)"] = digest
         checkpoint = config.output / "checkpoint.pt"
         try:
             run(policy, reference, training, held_out, config, decisive)

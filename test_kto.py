@@ -575,11 +575,11 @@ def test_a_long_row_is_not_shown_whole(tmp_path):
         refusal(tmp_path, long)
 
 
-NO_MESSAGES = r"""5  ->  must be a text or a list of messages, not empty: 5
-null  ->  must be a text or a list of messages, not empty: None
-[]  ->  must be a text or a list of messages, not empty: []
-""  ->  must be a text or a list of messages, not empty: ''
-{"role": "assistant", "content": "a"}  ->  must be a text or a list of messages, not empty: {'role'
+NO_MESSAGES = r"""5  ->  prompt and completion must be texts or messages, not empty: 5
+null  ->  prompt and completion must be texts or messages, not empty: None
+[]  ->  prompt and completion must be texts or messages, not empty: []
+""  ->  prompt and completion must be texts or messages, not empty: ''
+{"role": "user", "content": "a"}  ->  completion must be texts or messages, not empty: {'role'
 ["a"]  ->  the role of a message must be a text: 'a'
 [{"content": "a"}]  ->  the role of a message must be a text: {'content': 'a'}
 [{"role": 1, "content": "a"}]  ->  the role of a message must be a text: {'role': 1
@@ -594,10 +594,11 @@ null  ->  must be a text or a list of messages, not empty: None
 "<|im_start|>user\na"  ->  '<|im_start|>' is a special token
 [{"role": "assistant", "content": "a<|im_end|>"}]  ->  '<|im_end|>' is a special token
 "<pad>"  ->  '<pad>' is a special token
-"<|eot_id|>"  ->  '<|eot_id|>' is a special token or a template's tag
-"<\uff5cUser\uff5c>a"  ->  '<｜User｜>' is a special token or a template's tag
-"[INST] a [/INST]"  ->  '[INST]' is a special token or a template's tag
-"<start_of_turn>user"  ->  '<start_of_turn>' is a special token or a template's tag"""
+"<|eot_id|>"  ->  '<|eot_id|>' is a special token, a template's tag or a list
+"<\uff5cUser\uff5c>a"  ->  '<｜User｜>' is a special token, a template's tag or a list
+"[INST] a [/INST]"  ->  '[INST]' is a special token, a template's tag or a list
+"<start_of_turn>user"  ->  '<start_of_turn>' is a special token, a template's tag or a list
+"[{\"role\": \"user\"}]"  ->  is a special token, a template's tag or a list in quotes"""
 
 
 @pytest.mark.parametrize("case", NO_MESSAGES.splitlines())
@@ -725,8 +726,15 @@ def test_a_completion_is_tokenised_as_it_follows_the_prompt():
     tokenizer = byte_tokenizer(text="<s> $A")
     tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
     assert texts(tokenizer) == "<s> Hi -> Hello</s>"  # each text on its own would get a space
+
+    # Where a token lies across the border, the completion is tokenised alone, unless
+    # that adds a space to the text.
     tokenizer.add_tokens(["iH"])
-    assert texts(tokenizer) == "<s> Hi ->  Hello</s>"  # a token lies across the border
+    with input_error("rows.jsonl:1: .* adds a space"):
+        texts(tokenizer)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["iH"])
+    assert texts(tokenizer) == "Hi -> Hello</s>"
 
 
 @pytest.mark.parametrize(
@@ -778,6 +786,16 @@ def test_the_border_lies_between_tokens_where_inference_opens_a_thought_that_is_
     assert row["goes_on"] == "<think>\n"  # with its "<"
 
 
+def test_a_completion_ends_with_eos_even_if_its_last_token_is_unknown():
+    words = tokenizers.models.WordLevel({"a": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")
+    backend = tokenizers.Tokenizer(words)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
+    )
+    assert encoded(tokenizer, "a ", "a b")["completion"] == [0, 2, 1]
+
+
 def test_a_completion_ends_with_eos_even_if_its_last_token_decodes_to_nothing():
     # As in Llama 2: the decoder strips a leading space. The last token is a space.
     tokenizer = byte_tokenizer()
@@ -805,7 +823,7 @@ def test_an_added_token_that_is_not_special_may_be_in_a_text():
         (THOUGHT_LOST, [USER, ANSWER | {"content": THOUGHT}, USER], "Bye", "this message: .*Hm"),
         ("Say: {{ messages[-1].content }}", "Hi", "Bye", "this message: .*'Hi'"),
         ("{{ messages[-1].content }}", " ", "Bye", "rows.jsonl:1: .* becomes no token"),
-        (BARE, "Hi", " ", "rows.jsonl:1: .* becomes no token"),
+        (BARE, "Hi", " ", "rows.jsonl:1: .*, not blank"),
     ],
 )
 def test_a_chat_that_a_template_cannot_take_or_would_change_is_refused_in_words(
@@ -897,8 +915,14 @@ def shown(tmp_path, capsys):
     return run
 
 
+def test_a_text_that_the_tokenizer_cannot_encode_is_said_in_one_line(shown):
+    with mock.patch("kto.tokenise", side_effect=Exception("unk_id is missing")):
+        with input_error("its tokenizer cannot encode --data: unk_id is missing"):
+            shown("abcdefgh")
+
+
 def test_a_bad_row_is_refused_before_a_model_is_loaded(shown):
-    with input_error("rows.jsonl:2: must be a text"):
+    with input_error("rows.jsonl:2: prompt and completion must be texts"):
         shown([("Hi", "Hello", True), ("Hi", "", True)])
 
 
@@ -1298,12 +1322,16 @@ def test_what_decides_the_result_may_not_differ_when_a_run_goes_on(stopped, refu
     assert str(stopped / "checkpoint.pt") in refused.stdout
     for other in (("Say 23→", "nononono", True), ("Say 23→", "no", False)):  # label, text
         data = write_rows(tmp_path / "rows.jsonl", ROWS[:23] + [other])
-        assert "--resume: rows was" in refused(stopped, f"--resume --data {data}")
+        assert "--resume: rows (a template may write the date) was" in refused(
+            stopped, f"--resume --data {data}"
+        )
     assert contents(stopped) == before
 
     settings = torch.load(stopped / "checkpoint.pt")["settings"]
     free = {"data", "output", "device", "micro_batch_size", "save_every", "resume"}
-    assert settings.keys() == vars(kto.Config()).keys() - free | {"rows"}
+    assert settings.keys() == vars(kto.Config()).keys() - free | {
+        "rows (a template may write the date)"
+    }
 
 
 def test_resume_without_a_checkpoint_starts_and_of_a_finished_model_is_refused(
@@ -2072,7 +2100,7 @@ def test_the_readmes_reference_without_adapter_is_the_base_model():
 
 
 def test_the_readmes_converters_make_rows():
-    make = defined_by("def thumbs_to_rows")
+    make = defined_by("LABELS = ")
     events = [{"question": "a", "answer": "b", "thumb": thumb} for thumb in ("down", None, "up")]
     rows = make["thumbs_to_rows"](events)
     rows += make["pair_to_rows"]({"prompt": "a", "chosen": "b", "rejected": "c"})
