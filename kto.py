@@ -191,7 +191,7 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     bools}. Its rows must be in random order, so that neighbours rarely have the same
     prompt. If they had, the mismatched completion would be a real answer to this
     prompt, and z0 would measure the same as the rewards. The `micro_batch_size`
-    changes the memory that is needed and, by rounding, the last digits. `settings`
+    changes the memory that is needed, and the result only by rounding. `settings`
     are beta, lambda_d and lambda_u. Both models must be in eval mode, because
     dropout would be noise in r.
 
@@ -242,9 +242,9 @@ def metrics_of(losses, r, z0, kl, desirable):
 
     The arguments are tensors (m,), as `kto_step` returns them. Rewards, margin, z0
     and kl are in nats and are not multiplied by beta. The reward of a class without
-    rows is None. A row is accurate if its r is on the right side of z0. At step 0
-    all r and z0 are 0, so that r > z0 is false everywhere and the accuracy is the
-    share of undesirable rows.
+    rows is None. A desirable row is accurate if r > z0, and an undesirable row if
+    not. At step 0 all r and z0 are 0, so that r > z0 is false everywhere and the
+    accuracy is the share of undesirable rows.
     """
     reward_desirable = r[desirable].mean().item() if desirable.any() else None
     reward_undesirable = r[~desirable].mean().item() if not desirable.all() else None
@@ -445,8 +445,9 @@ def special_tokens(tokenizer):
     """A pattern that finds what does not belong in a text, such as EOS, <|im_start|>
     and [INST]."""
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    # A text may have been rendered for another model, so that model's tags are found
-    # too. A table may have made a text of a list of messages: that is found as well.
+    # A text may have been rendered for another model. Therefore the tags of other
+    # models are found too. A table may have made a text of a list of messages, which
+    # is found as well.
     of_others = r"<[|｜][^|｜<>\s]+[|｜]>|\[/?INST\]|<(?:start|end)_of_turn>"
     of_others += r"|\A\s*\[\s*\{\s*[\"']role"
     return re.compile("|".join([of_others, *map(re.escape, tokens)]))
@@ -553,11 +554,11 @@ def encode(row, tokenizer, config):
     """Turn one row, with the texts of `render` and the ids of `tokenise`, into token
     ids and facts.
 
-    The result has the ids of the prompt, and those of the completion with an end
-    token. Prompt and completion are cut to their maximal lengths. The facts are both
-    lengths before the cut, the end token and the highest id, which the model must
-    know, and a digest, by which answers with both labels are found. Raises InputError if prompt or
-    completion has no token.
+    The ids are those of the prompt, and those of the completion with an end token.
+    Both are then cut to their maximal lengths. The facts are the two lengths before
+    the cut, the end token, the highest id, goes_on, and a digest, by which answers
+    with both labels are found. Raises InputError if prompt or completion has no
+    token, or if they cannot be parted.
     """
     x, joined, eos = row["x"], row["joined"], tokenizer.eos_token_id
     if tokenizer.chat_template is None and x[-1:] == [eos]:
@@ -567,12 +568,13 @@ def encode(row, tokenizer, config):
     # because some tokenizers put a space before a text that stands alone.
     #
     # But a token of the joined text may lie across the border of prompt and
-    # completion. If goes_on is empty, a program that uses the model later gives it
-    # exactly the ids x. So x must not change, and y is tokenised alone after all,
-    # unless this adds a space. If goes_on is not empty, such a program gives the
-    # model x and goes_on, so that the border may be moved: x loses tokens until the
-    # joined text begins with x. What x loses is then at the beginning of y, and also
-    # of goes_on.
+    # completion. There are two cases:
+    # - goes_on is empty. A program that uses the model later gives it exactly the
+    #   ids x. So x is kept, and y is tokenised alone after all, unless this adds a
+    #   space.
+    # - goes_on is not empty. Such a program gives the model x and goes_on. So x and
+    #   goes_on may be parted elsewhere: x loses tokens until the joined text begins
+    #   with x, and goes_on gains their text.
     goes_on = row["goes_on"]
     while goes_on and joined[: len(x)] != x:
         goes_on = tokenizer.decode(x[-1:]) + goes_on
@@ -665,7 +667,7 @@ def describe(facts, training, held_out, tokenizer, config):
 
     cut_x = facts.prompt_tokens > config.max_prompt_length
     cut_y = facts.completion_tokens > config.max_completion_length
-    print(f"cut      {cut_x.sum()} prompts lose their beginning: BOS and a system turn too")
+    print(f"cut      {cut_x.sum()} prompts lose their beginning (BOS, system messages)")
     print(f"         {cut_y.sum()} completions lose their end (see --max_completion_length)")
     if cut_y.mean() > 0.5:
         print("WARNING  most completions are cut, so that the model does not learn to end")
@@ -722,7 +724,7 @@ def tiny_model(config, tokenizer, rows):
 
 def load_tokenizer(config):
     """The tokenizer of --model, which must have an end token; InputError if not."""
-    if config.model == "tiny":  # a small one, trained on the lines of the data, braces and all
+    if config.model == "tiny":  # a small one, trained on the raw JSON lines of the data
         lines = Path(config.data).read_text("utf-8", "replace").splitlines()
         with errors_about("--model tiny needs transformers 5"):
             empty = transformers.GPT2Tokenizer(eos_token="<|end|>")
@@ -806,10 +808,10 @@ def rehearse(policy, reference, x, y, config):
     """Try the step that needs the most memory, and return the micro_batch_size that
     fits into memory.
 
-    `x` is the longest prompt and `y` is the longest completion. The size is halved
-    until a step fits. This changes no result but for rounding, because z0 and the
-    loss are means over all rows of a batch. Raises InputError if not even one row
-    fits.
+    `x` is the longest prompt and `y` is the longest completion. On cuda, the size is
+    halved until a step fits. This changes no result but for rounding, because z0 and
+    the loss are means over all rows of a batch. Raises InputError if not even one
+    row fits.
     """
     default = config.batch_size if "cuda" in config.device else 8
     size = min(config.micro_batch_size or default, config.batch_size)
@@ -821,8 +823,8 @@ def rehearse(policy, reference, x, y, config):
         reserved = []
         try:
             # AdamW will need two numbers for each trained weight. The tensor is kept
-            # in a list, so that `finally` can free it, also if there is none because
-            # its memory was not there.
+            # in a list, because `finally` must work even if `torch.empty` has
+            # failed.
             trained = policy.num_parameters(only_trainable=True)
             reserved.append(torch.empty(2, trained, device=policy.device))
             kto_step(policy, reference, batch, size)
@@ -947,10 +949,10 @@ def run(policy, reference, training, held_out, config, decisive):
     print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
     bar = tqdm(initial=step, total=steps, disable=None)
     while True:
-        # Here `step` steps are done. If an epoch has just ended, the last lines of
-        # this loop have saved its checkpoint, and now the held-out rows are
-        # evaluated. So a run that is stopped during the evaluation does it again
-        # when it is resumed.
+        # Each round of this loop evaluates if an epoch has just ended, ends the run
+        # if that was asked, makes one step, and saves. Here `step` steps are done,
+        # and the round before has saved the checkpoint of an epoch's end. So a run
+        # that is stopped during the evaluation does it again when it is resumed.
         is_epoch_end = step > 0 and step % per_epoch == 0
         if is_epoch_end and len(held_out) > 1 and not stopped:
             metrics = evaluate(policy, reference, held_out, config.batch_size, **settings)
@@ -982,7 +984,7 @@ def run(policy, reference, training, held_out, config, decisive):
         if stopped or step % per_epoch == 0 or config.save_every and step % config.save_every == 0:
             save_checkpoint(checkpoint, parts, step=step, log=log.tell(), settings=decisive)
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a signal ends the program again
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here a signal ends it at once
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
