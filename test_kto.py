@@ -2120,6 +2120,20 @@ def test_the_readmes_converters_make_rows():
     assert [row["completion"] for row in rows] == [[ANSWER], [ANSWER]]
 
 
+def test_the_readmes_lines_keep_the_good_rows_and_print_what_is_wrong(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    byte_tokenizer(CHATML).save_pretrained("before")
+    random_model().config.save_pretrained("before")
+    rows = [("a", "b", True), ("<|im_start|>", "c", False), ("d", "e", False)]
+    write_rows(tmp_path / "feedback.jsonl", rows)
+    exec(readme_block("import kto\n\ntokenizer"), {})
+    good = Path("good.jsonl").read_text().splitlines()
+    assert [json.loads(line)["completion"] for line in good] == ["b", "e"]
+    assert capsys.readouterr().out.startswith("2 '<|im_start|>' is a special token")
+
+
 def test_the_readmes_rows_are_rows_and_its_metrics_those_of_the_log(whole):
     for line in readme_block('{"prompt"').splitlines():
         row = kto.parse_row(line.encode())
@@ -2128,21 +2142,21 @@ def test_the_readmes_rows_are_rows_and_its_metrics_those_of_the_log(whole):
     assert explained >= read_log(whole)[0].keys()
 
 
-def run_of_the_readmes_script(start, folder, flags):
+def run_of_the_readmes_script(name, folder, flags):
     """Runs the script on a model and 40 rows of which 10 are desirable. Returns what it prints."""
     random_model(std=0.3).save_pretrained(folder / "model")
     byte_tokenizer(CHATML).save_pretrained(folder / "model")
     rows = [(f"Say {i}", "no" * (i % 4 + 1), i % 4 == 0) for i in range(40)]
     write_rows(folder / "rows.jsonl", rows)
-    (folder / "script.py").write_text(readme_block(start))
-    command = [sys.executable, "script.py", *flags.split()]
+    (folder / name).write_text(readme_block(f"# {name}"))
+    command = [sys.executable, name, *flags.split()]
     environment = os.environ | {"PYTHONPATH": str(Path(kto.__file__).parent)}
     return subprocess.check_output(command, cwd=folder, env=environment, text=True)
 
 
 def test_the_readmes_script_trains_an_adapter_with_trl_evaluates_and_saves(tmp_path):
     pytest.importorskip("trl", reason="needs: pip install trl==1.16.0 peft==0.21.2")
-    printed = run_of_the_readmes_script("# kto_with_trl.py", tmp_path, "model rows.jsonl output")
+    printed = run_of_the_readmes_script("kto_with_trl.py", tmp_path, "model rows.jsonl output")
     assert "40 of 40 rows are short enough, 10 of 10 desirable ones" in printed
 
     # At first r = z0 = 0, so that the loss is half the mean weight. About 9 of 36 rows are
@@ -2158,11 +2172,19 @@ def test_the_readmes_script_trains_an_adapter_with_trl_evaluates_and_saves(tmp_p
 def test_the_readmes_script_trains_an_adapter_that_can_be_merged(tmp_path):
     pytest.importorskip("peft", reason="needs: pip install peft==0.21.2")
     flags = "--model model --data rows.jsonl --output adapter --batch_size 16 --lr 1e-3"
-    printed = run_of_the_readmes_script("# kto_with_lora.py", tmp_path, flags)
+    printed = run_of_the_readmes_script("kto_with_lora.py", tmp_path, flags)
     assert printed.count("\n  before ") == printed.count("\n  after ") == 3
     log = read_log(tmp_path / "adapter")
     assert log[0]["loss"] == 0.5 and log[0]["z0"] == 0 and log[1]["margin"] != 0
     assert log[-1]["step"] == 6 and math.isfinite(log[-1]["eval_loss"])
+
+    # On the rows of the run it is evaluated again.
+    (tmp_path / "rows.jsonl").rename(tmp_path / "later.jsonl")
+    code = readme_block("import tempfile\n\nimport torch\nfrom peft")
+    environment = os.environ | {"PYTHONPATH": str(Path(kto.__file__).parent)}
+    command = [sys.executable, "-c", code]
+    printed = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
+    assert printed.startswith("{'eval_loss': ")
 
     # The merged model has the weights of the model, and the adapter has changed them.
     code = readme_block("import torch\nfrom peft import Auto")
