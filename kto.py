@@ -509,6 +509,11 @@ def render(row, tokenizer, special):
                 "text of a system message in a message of the user"
             )
     completion = answered[len(prompt) :].rstrip()  # no newline after the end token
+    if "<think>" in bare_answer and bare(completion) != bare_answer:
+        raise InputError(
+            "the chat template writes something before the thought of the completion: "
+            f"{completion[:80]!r}; leave the thought out, or take another template"
+        )
     return {"prompt": prompt, "completion": completion, "goes_on": asked[len(prompt) :]}
 
 
@@ -527,8 +532,12 @@ def read_rows(path, tokenizer):
                 texts = render(row, tokenizer, special)
             except InputError as error:
                 raise InputError(f"{path}:{number}: {error}. {A_ROW}") from error
-            not_used = "\n".join(row.keys() - {"prompt", "completion", "label"})
-            yield texts | {"label": bool(row["label"]), "line": number, "not_used": not_used}
+            yield texts | {
+                "label": bool(row["label"]),
+                "line": number,
+                "not_used": "\n".join(row.keys() - {"prompt", "completion", "label"}),
+                "repeats": row["completion"][: len(row["prompt"])] == row["prompt"],
+            }
             count += 1
     if count == 0:
         raise InputError(f"{path} has no rows. {A_ROW}")
@@ -660,6 +669,7 @@ def describe(facts, training, held_out, tokenizer, config):
 
     has_both_labels = facts.groupby("digest").label.nunique() == 2
     print(f"labels   {has_both_labels.sum()} answers have both labels")
+    print(f"         {facts.repeats.sum()} completions begin with their whole prompt")
     not_used = sorted(set("\n".join(facts.not_used).split("\n")) - {""})
     print(f"columns  {len(not_used)} not used: {', '.join(not_used)}")
 

@@ -820,6 +820,7 @@ def test_an_added_token_that_is_not_special_may_be_in_a_text():
         (CHATML, [{"role": "human", "content": "Hi"}], "Hello", "unknown role 'human'"),
         (THOUGHT_LOST, "Hi", THOUGHT, "changes the completion"),
         (ALWAYS_ASKS, "Hi", "Hello", "after it: .*im_start.*assistant"),
+        (THINK_CLOSED, "Hi", THOUGHT, "before the thought .*'</think><think>"),
         (THOUGHT_LOST, [USER, ANSWER | {"content": THOUGHT}, USER], "Bye", "this message: .*Hm"),
         ("Say: {{ messages[-1].content }}", "Hi", "Bye", "this message: .*'Hi'"),
         ("{{ messages[-1].content }}", " ", "Bye", "rows.jsonl:1: .* becomes no token"),
@@ -963,6 +964,7 @@ def test_what_is_cut_is_counted_with_a_warning_if_most_answers_lose_their_end(sh
     flags = "--max_prompt_length 3 --max_completion_length 4"
     printed = shown(rows, flags)[0]
     assert "1 prompts lose their beginning" in printed and "2 completions lose" in printed
+    assert "1 completions begin with their whole prompt" in printed  # abc, after a
     assert "WARNING  most completions are cut" not in printed
     assert "WARNING  most completions are cut" in shown(rows[:3], flags)[0]
 
