@@ -28,7 +28,7 @@ A step costs four forward passes, three of them without gradient, and one backwa
 pass.
 
   in the paper          here                what it is
-  pi_theta, pi_ref      policy, reference   the model in training, its frozen start
+  pi_theta, pi_ref      policy, reference   the model in training, its frozen copy
   log pi(y|x)           logps               log-probability of a completion, in nats
   r_theta(x, y), z_0    r, z0               reward of a row, reference point of a batch
   v(x, y), beta         v, beta             value of a row, and how soon v becomes flat
@@ -196,10 +196,10 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     dropout would be noise in r.
 
     Returns (losses, r, z0, kl, desirable), tensors (m,) without gradient, for
-    `metrics_of`. The kl of a row is log pi_theta(y'|x) - log pi_ref(y'|x), where y'
-    is the completion of the next row. The mean of the m values of kl, clamped at 0,
-    is z0. Under `torch.no_grad()` the step only evaluates. Raises ValueError if
-    m < 2.
+    `metrics_of`. The one z0 of the step is repeated m times. The kl of a row is
+    log pi_theta(y'|x) - log pi_ref(y'|x), where y' is the completion of the next
+    row. The mean of the m values of kl, clamped at 0, is z0. Under
+    `torch.no_grad()` the step only evaluates. Raises ValueError if m < 2.
     """
     prompts, completions = batch["prompt"], batch["completion"]
     desirable = torch.tensor(batch["label"], dtype=torch.bool, device=policy.device)  # (m,)
@@ -218,7 +218,7 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     # 4. Reference point: from the m mismatched pairs.
     z0 = reference_point(policy_next_logps, reference_next_logps)  # ()
 
-    # The rest of 3, and 5: score with gradient, and compute the loss. Each
+    # The fourth score of step 3, with gradient, and then 5, the loss. Each
     # micro-batch adds the gradient of its share of the mean loss.
     policy_logps = torch.zeros_like(reference_logps)  # (m,)
     losses = torch.zeros_like(reference_logps)  # (m,)
@@ -286,7 +286,9 @@ def train(policy, reference, batches, optimizer, first_step=0, **settings):
         # 6. Update, with the gradient clipped to a norm of 10 (Table 1).
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=10.0).item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"step {step}: the gradient's norm is {norm}: take a lower lr")
+            raise FloatingPointError(
+                f"step {step}: the gradient's norm is {norm}: start anew with a lower lr"
+            )
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
@@ -398,7 +400,7 @@ def parse_row(line):
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 text, so unpack or convert the file: {error}") from error
     except (ValueError, RecursionError) as error:
-        what = str(error).replace("Extra data", "a second row begins on this line")
+        what = str(error).replace("Extra data", "a second row begins on this line (or a comma)")
         raise InputError(f"not one row of JSON: {what}") from error
 
     if not isinstance(row, dict):
@@ -413,8 +415,11 @@ def parse_row(line):
 
 
 def as_messages(value, role, special):
-    """Returns messages: a text becomes one message, a list stays as it is. Raises
-    InputError."""
+    """Returns messages: a text becomes one message, a list stays as it is.
+
+    Raises InputError if this cannot be, or if `special`, the pattern that
+    `special_tokens` returns, is found in a text.
+    """
     if not isinstance(value, (str, list)) or not value:
         raise InputError(
             f"prompt and completion must be texts or messages, not empty: {value!r:.80}"
@@ -433,8 +438,8 @@ def as_messages(value, role, special):
         found = special.search(message["content"])
         if found:
             raise InputError(
-                f"{found[0]!r} is a special token, a template's tag or a list in quotes: delete "
-                "or change it, and write texts as a person reads them"
+                f"{found[0]!r} is a special token, a template's tag or a list of messages as "
+                "text: delete or change it, and write texts as a person reads them"
             )
     return value
 
@@ -455,17 +460,8 @@ def render(row, tokenizer, special):
     """A row as the model sees it: {"prompt", "completion", "goes_on"}, three texts.
 
     Without a chat template, the texts of the row stay as they are, and nothing is
-    put between prompt and completion. With one, two renderings are made: `asked` is
-    the chat that waits for an answer, `answered` is the chat with the answer. The
-    prompt is the beginning that both have in common. The completion is the rest of
-    `answered`, and goes_on is the rest of `asked`.
-
-    goes_on is usually empty. But some templates of reasoning models end `asked` with
-    <think>, which `answered` lacks, and then goes_on is <think>. A program that uses
-    the model later writes it after the prompt. Here it is not trained.
-
-    `special` is the pattern of `special_tokens`. Raises InputError if the template
-    loses or changes a text, or writes text after the answer.
+    put between prompt and completion. With one, see `render_chat`. `special` is the
+    pattern of `special_tokens`. Raises InputError if the row cannot be rendered.
     """
     messages = as_messages(row["prompt"], "user", special)
     answer = as_messages(row["completion"], "assistant", special)
@@ -473,11 +469,27 @@ def render(row, tokenizer, special):
         raise InputError("completion must be a text or one message of the assistant, not blank")
     if messages[-1]["role"] == "assistant":
         raise InputError("prompt ends with an answer: completion must be the whole answer")
-    if tokenizer.chat_template is None:
-        if isinstance(row["prompt"], list) or isinstance(row["completion"], list):
-            raise InputError("messages need a chat template, and this tokenizer has none")
-        return {"prompt": row["prompt"], "completion": row["completion"], "goes_on": ""}
+    if tokenizer.chat_template is not None:
+        return render_chat(messages, answer, tokenizer, special)
+    if isinstance(row["prompt"], list) or isinstance(row["completion"], list):
+        raise InputError("messages need a chat template, and this tokenizer has none")
+    return {"prompt": row["prompt"], "completion": row["completion"], "goes_on": ""}
 
+
+def render_chat(messages, answer, tokenizer, special):
+    """The three texts of `render`, from the tokenizer's chat template.
+
+    Two renderings are made: `asked` is the chat that waits for an answer, `answered`
+    is the chat with the answer. The prompt is the beginning that both have in common.
+    The completion is the rest of `answered`, and goes_on is the rest of `asked`.
+
+    goes_on is usually empty. But some templates of reasoning models end `asked` with
+    <think>, which `answered` lacks, and then goes_on is <think>. A program that uses
+    the model later writes it after the prompt. Here it is not trained.
+
+    Raises InputError if the template loses or changes a text, or writes text after
+    the answer.
+    """
     with errors_about("the chat template cannot render it"):
         asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         answered = tokenizer.apply_chat_template(messages + answer, tokenize=False)
@@ -535,6 +547,7 @@ def read_rows(path, tokenizer):
             yield texts | {
                 "label": bool(row["label"]),
                 "line": number,
+                # The names of all columns that are not used, each on a line.
                 "not_used": "\n".join(row.keys() - {"prompt", "completion", "label"}),
                 "repeats": row["completion"][: len(row["prompt"])] == row["prompt"],
             }
@@ -568,33 +581,33 @@ def encode(row, tokenizer, config):
     token, or if they cannot be parted.
     """
     x, joined, eos = row["x"], row["joined"], tokenizer.eos_token_id
+    place = f"{config.data}:{row['line']}"
     if tokenizer.chat_template is None and x[-1:] == [eos]:
         x = x[:-1]  # some tokenizers end every text with EOS
 
     # y is what follows x in the ids of the joined text. It is not tokenised alone,
-    # because some tokenizers put a space before a text that stands alone.
+    # because some tokenizers put a space before a text that stands alone. But a
+    # token of the joined text may lie across the border of prompt and completion.
     #
-    # But a token of the joined text may lie across the border of prompt and
-    # completion. There are two cases:
-    # - goes_on is empty. A program that uses the model later gives it exactly the
-    #   ids x. So x is kept, and y is tokenised alone after all, unless this adds a
-    #   space.
-    # - goes_on is not empty. Such a program gives the model x and goes_on. So x and
-    #   goes_on may be parted elsewhere: x loses tokens until the joined text begins
-    #   with x, and goes_on gains their text.
+    # If goes_on is not empty, a program that uses the model later gives it x and
+    # goes_on. So the two may be parted elsewhere: x loses tokens until the joined
+    # text begins with x, and goes_on gains their text.
     goes_on = row["goes_on"]
     while goes_on and joined[: len(x)] != x:
         goes_on = tokenizer.decode(x[-1:]) + goes_on
         x = x[:-1]
+
+    # If goes_on is empty, such a program gives the model exactly the ids x, so that
+    # x is kept. If a token lies across the border, y is tokenised alone after all.
+    # If this adds a space, the row is refused.
     y = joined[len(x) :]
-    place = f"{config.data}:{row['line']}"
     if joined[: len(x)] != x:
         y = tokenizer(row["completion"], add_special_tokens=False).input_ids
         apart = tokenizer.decode(x + y, skip_special_tokens=True)
         if apart != tokenizer.decode(joined, skip_special_tokens=True):
             raise InputError(
-                f"{place}: the tokenizer adds a space between prompt and completion. "
-                "Move the space at the end of the prompt to the beginning of the completion"
+                f"{place}: the tokenizer adds a space between prompt and completion: move a space "
+                "at the end of the prompt to the completion, or begin the completion with one"
             )
     if not x or not y:
         raise InputError(f"{place}: prompt or completion becomes no token")
@@ -604,7 +617,8 @@ def encode(row, tokenizer, config):
     # only stands for unknown letters, EOS is added.
     last = y[-1:]
     is_text = tokenizer.decode(last) == tokenizer.decode(last, skip_special_tokens=True)
-    if is_text or last == [tokenizer.unk_token_id] != [eos]:
+    is_unknown = last == [tokenizer.unk_token_id]
+    if last != [eos] and (is_text or is_unknown):  # to some tokenizers EOS is unknown, too
         y = y + [eos]
     encoded = {
         "prompt": x[-config.max_prompt_length :],
@@ -631,10 +645,10 @@ def load_rows(config, tokenizer, folder):
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__  # what went wrong in read_rows
 
-    def encode_many(texts):  # a thousand rows at once, as a dict of columns
+    def encode_many(batch):  # a thousand rows, as columns; pandas makes rows of them, and back
         with errors_about(f"--model {config.model}: its tokenizer cannot encode --data"):
-            ids = tokenise(texts, tokenizer)
-        columns = pandas.DataFrame(dict(texts) | ids)
+            ids = tokenise(batch, tokenizer)
+        columns = pandas.DataFrame(dict(batch) | ids)
         rows = [encode(row, tokenizer, config) for row in columns.to_dict("records")]
         return pandas.DataFrame(rows).to_dict("list")
 
@@ -828,13 +842,11 @@ def rehearse(policy, reference, x, y, config):
         # gradients of the first are in memory already.
         m = min(2 * size, config.batch_size)
         batch = {"prompt": [x] * m, "completion": [y] * m, "label": [True] * m}
-        reserved = []
+        reserved = None
         try:
-            # AdamW will need two numbers for each trained weight. The tensor is kept
-            # in a list, because `finally` must work even if `torch.empty` has
-            # failed.
+            # AdamW will need two numbers for each trained weight.
             trained = policy.num_parameters(only_trainable=True)
-            reserved.append(torch.empty(2, trained, device=policy.device))
+            reserved = torch.empty(2, trained, device=policy.device)
             kto_step(policy, reference, batch, size)
             return size
         except torch.OutOfMemoryError:
@@ -844,7 +856,7 @@ def rehearse(policy, reference, x, y, config):
                     "lower --max_prompt_length and --max_completion_length, or take a smaller model"
                 ) from None
         finally:
-            reserved.clear()
+            del reserved
             policy.zero_grad()
         torch.cuda.empty_cache()
         size //= 2
@@ -925,7 +937,7 @@ def start_or_resume(config, checkpoint, parts, decisive):
         checkpoint.unlink(missing_ok=True)  # an earlier demo that was stopped may have left one
     config.output.mkdir(parents=True, exist_ok=True)
     log = open(config.output / "metrics.jsonl", "a", buffering=1)
-    log.truncate(min(log.tell(), log_size))  # tell() is the size of the file
+    log.truncate(min(log.tell(), log_size))  # a log that was lost stays short
     return step, log
 
 
@@ -954,13 +966,13 @@ def run(policy, reference, training, held_out, config, decisive):
     settings = {name: getattr(config, name) for name in names}
     batches = training_batches(training, config, step)
     training_steps = train(policy, reference, batches, optimizer, step, **settings)
+    # This is the heading of the lines that `chart` draws.
     print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
     bar = tqdm(initial=step, total=steps, disable=None)
     while True:
-        # Each round of this loop evaluates if an epoch has just ended, ends the run
-        # if that was asked, makes one step, and saves. Here `step` steps are done,
-        # and the round before has saved the checkpoint of an epoch's end. So a run
-        # that is stopped during the evaluation does it again when it is resumed.
+        # A checkpoint is saved before the evaluation of its epoch. So a run that is
+        # stopped during the evaluation does it again when it is resumed. Here `step`
+        # steps are done, and the round before has saved.
         is_epoch_end = step > 0 and step % per_epoch == 0
         if is_epoch_end and len(held_out) > 1 and not stopped:
             metrics = evaluate(policy, reference, held_out, config.batch_size, **settings)
@@ -1078,8 +1090,9 @@ def main():
         print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}")
         print(f"memory   {config.micro_batch_size} rows fit, the longest were tried")
 
-        # A resumed run must have the same decisive settings and the same rows. The
-        # other settings change its result by rounding at most.
+        # A resumed run must have the same decisive settings and the same rows. If it
+        # has not, the user reads the name of what differs. The other settings change
+        # its result by rounding at most.
         decisive = {name: getattr(config, name) for name in DECISIVE.split()}
         encoded = facts[["digest", "label"]].to_csv().encode()
         digest = hashlib.sha256(encoded).hexdigest()

@@ -598,7 +598,7 @@ null  ->  prompt and completion must be texts or messages, not empty: None
 "<\uff5cUser\uff5c>a"  ->  '<｜User｜>' is a special token, a template's tag or a list
 "[INST] a [/INST]"  ->  '[INST]' is a special token, a template's tag or a list
 "<start_of_turn>user"  ->  '<start_of_turn>' is a special token, a template's tag or a list
-"[{\"role\": \"user\"}]"  ->  is a special token, a template's tag or a list in quotes"""
+"[{\"role\": \"user\"}]"  ->  is a special token, a template's tag or a list of messages"""
 
 
 @pytest.mark.parametrize("case", NO_MESSAGES.splitlines())
@@ -1586,7 +1586,9 @@ def test_what_cannot_be_used_is_one_line_and_status_2(refused, tmp_path, monkeyp
     full = torch.OutOfMemoryError("out of memory")
     with mock.patch("torch.nn.utils.clip_grad_norm_", side_effect=full):
         assert refused(output) == "out of memory"
-    assert "norm is nan: take a lower lr" in refused(output, "--lr 1e30 --save_every 1 --resume")
+    assert "norm is nan: start anew with a lower lr" in refused(
+        output, "--lr 1e30 --save_every 1 --resume"
+    )
     assert f"The last checkpoint is {output}" in refused.stdout  # of the step before
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in refused(output, "--resume")
