@@ -425,6 +425,8 @@ def as_messages(value, role, special):
             f"prompt and completion must be texts or messages, not empty: {value!r:.80}"
         )
     if isinstance(value, str):
+        if re.match(r"\s*\[\s*\{\s*[\"']role", value):
+            raise InputError(f"messages must be a list, and not the text of one: {value!r:.80}")
         value = [{"role": role, "content": value}]
     for message in value:
         for key in ("role", "content"):
@@ -438,8 +440,8 @@ def as_messages(value, role, special):
         found = special.search(message["content"])
         if found:
             raise InputError(
-                f"{found[0]!r} is a special token, a template's tag or a list of messages as "
-                "text: delete or change it, and write texts as a person reads them"
+                f"{found[0]!r} is a special token or a template's tag: delete or change it, and "
+                "write texts as a person reads them"
             )
     return value
 
@@ -449,10 +451,8 @@ def special_tokens(tokenizer):
     and [INST]."""
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     # A text may have been rendered for another model. Therefore the tags of other
-    # models are found too. A table may have made a text of a list of messages, which
-    # is found as well.
+    # models are found too.
     of_others = r"<[|｜][^|｜<>\s]+[|｜]>|\[/?INST\]|<(?:start|end)_of_turn>"
-    of_others += r"|\A\s*\[\s*\{\s*[\"']role"
     return re.compile("|".join([of_others, *map(re.escape, tokens)]))
 
 

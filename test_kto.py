@@ -594,11 +594,11 @@ null  ->  prompt and completion must be texts or messages, not empty: None
 "<|im_start|>user\na"  ->  '<|im_start|>' is a special token
 [{"role": "assistant", "content": "a<|im_end|>"}]  ->  '<|im_end|>' is a special token
 "<pad>"  ->  '<pad>' is a special token
-"<|eot_id|>"  ->  '<|eot_id|>' is a special token, a template's tag or a list
-"<\uff5cUser\uff5c>a"  ->  '<｜User｜>' is a special token, a template's tag or a list
-"[INST] a [/INST]"  ->  '[INST]' is a special token, a template's tag or a list
-"<start_of_turn>user"  ->  '<start_of_turn>' is a special token, a template's tag or a list
-"[{\"role\": \"user\"}]"  ->  is a special token, a template's tag or a list of messages"""
+"<|eot_id|>"  ->  '<|eot_id|>' is a special token or a template's tag
+"<\uff5cUser\uff5c>a"  ->  '<｜User｜>' is a special token or a template's tag
+"[INST] a [/INST]"  ->  '[INST]' is a special token or a template's tag
+"<start_of_turn>user"  ->  '<start_of_turn>' is a special token or a template's tag
+"[{\"role\": \"user\"}]"  ->  messages must be a list, and not the text of one"""
 
 
 @pytest.mark.parametrize("case", NO_MESSAGES.splitlines())
