@@ -758,15 +758,14 @@ def load_tokenizer(config):
     return tokenizer
 
 
-def load_model(config, tokenizer, rows, facts):
-    """The causal model --model, in float32. InputError if weights or embeddings are
-    missing."""
+def load_model(config, tokenizer, rows, facts, dtype=torch.float32):
+    """The causal model --model. InputError if weights or embeddings are missing."""
     if config.model == "tiny":
         return tiny_model(config, tokenizer, rows)
     name = f"--model {config.model}"
     with errors_about(name):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=torch.float32, output_loading_info=True
+            config.model, dtype=dtype, output_loading_info=True
         )
     if info["missing_keys"]:
         raise InputError(f"{name} lacks the weights {sorted(info['missing_keys'])}")
@@ -824,6 +823,16 @@ def two_models(policy, config):
         for model in (policy, reference):
             model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     return policy, reference
+
+
+def load_models(config, tokenizer, rows, facts, x, y):
+    """(policy, reference) of --model, checked with the longest prompt x and the
+    longest completion y."""
+    model = load_model(config, tokenizer, rows, facts)
+    with errors_about(f"--device {config.device}"):
+        model.to(config.device).eval()  # eval mode: no dropout, which would be noise in r
+    check_model(model, x, y, config)
+    return two_models(model, config)
 
 
 def rehearse(policy, reference, x, y, config):
@@ -1061,8 +1070,12 @@ def show_answers(policy, reference, tokenizer, rows):
             print(f"  {name:6} {tokenizer.decode(answer, skip_special_tokens=True).strip()}")
 
 
-def main():
-    """A run, from the flags to the answers."""
+def main(models=load_models):
+    """A run, from the flags to the answers.
+
+    `models` is a function that takes what `load_models` takes, and returns policy
+    and reference. The README has another one, for LoRA.
+    """
     config = read_flags()
     check_places(config)
     tokenizer = load_tokenizer(config)
@@ -1081,11 +1094,7 @@ def main():
 
         x = rows[int(facts.prompt_tokens.argmax())]["prompt"]
         y = rows[int(facts.completion_tokens.argmax())]["completion"]
-        model = load_model(config, tokenizer, training, facts)
-        with errors_about(f"--device {config.device}"):
-            model.to(config.device).eval()  # eval mode: no dropout, which would be noise in r
-        check_model(model, x, y, config)
-        policy, reference = two_models(model, config)
+        policy, reference = models(config, tokenizer, training, facts, x, y)
         config.micro_batch_size = rehearse(policy, reference, x, y, config)
         print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}")
         print(f"memory   {config.micro_batch_size} rows fit, the longest were tried")
