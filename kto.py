@@ -1070,7 +1070,7 @@ def show_answers(policy, reference, tokenizer, rows):
             print(f"  {name:6} {tokenizer.decode(answer, skip_special_tokens=True).strip()}")
 
 
-def main(models=load_models):
+def main(models):
     """A run, from the flags to the answers.
 
     `models` is a function that takes what `load_models` takes, and returns policy
@@ -1120,12 +1120,18 @@ def main(models=load_models):
         show_answers(policy, reference, tokenizer, held_out[:3])
 
 
-if __name__ == "__main__":
+def command(models=load_models):
+    """`main` as a command: an error that the user can mend is printed without a
+    traceback."""
     sys.stdout.reconfigure(errors="replace")  # for consoles that lack a character
     try:
-        main()
+        main(models)
     except (InputError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    command()

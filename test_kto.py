@@ -909,7 +909,7 @@ def shown(tmp_path, capsys):
         stop = mock.patch("kto.load_model", side_effect=InterruptedError)
         with typed(f"{files} --holdout 0 --batch_size 2 {flags}"), split as describe, stop:
             with pytest.raises(InterruptedError):
-                kto.main()
+                kto.main(kto.load_models)
         training, held_out = describe.call_args.args[1:3]
         return capsys.readouterr().out, training, held_out
 
@@ -1212,7 +1212,7 @@ def start(small, output, more=""):
     """python kto.py in this process, which then gets its Ctrl-C back."""
     try:
         with command(small, output, more):
-            kto.main()
+            kto.main(kto.load_models)
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler  # no longer noted
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
@@ -2035,7 +2035,7 @@ def test_the_first_command_learns_and_its_reference_point_lives(tmp_path, monkey
     show = kto.show_answers
     monkeypatch.setattr(datasets.Dataset, "take", keep)
     monkeypatch.setattr(kto, "show_answers", show_all)
-    kto.main()
+    kto.main(kto.load_models)
 
     log = read_log(Path("kto-tiny"))
     steps = [line for line in log if "loss" in line]
