@@ -218,8 +218,9 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     # 4. Reference point: from the m mismatched pairs.
     z0 = reference_point(policy_next_logps, reference_next_logps)  # ()
 
-    # The fourth score of step 3, with gradient, and then 5, the loss. Each
-    # micro-batch adds the gradient of its share of the mean loss.
+    # The fourth score of step 3, now with gradient, and then 5, the loss. It comes
+    # last because the loss needs z0. Each micro-batch adds the gradient of its share
+    # of the mean loss.
     policy_logps = torch.zeros_like(reference_logps)  # (m,)
     losses = torch.zeros_like(reference_logps)  # (m,)
     for index, x, y in micro_batches(prompts, completions, micro_batch_size):
@@ -326,7 +327,7 @@ class Config:
     output: str | None = None  # folder for the result; if not given, kto-MODEL
     epochs: int = 3  # passes over the data
     batch_size: int = 32  # m, the rows of one step; 8 to 128 are useful
-    micro_batch_size: int | None = None  # rows in memory at once; the most that fit on cuda, else 8
+    micro_batch_size: int | None = None  # rows in memory; if not given, what fits on cuda, else 8
     lr: float | None = None  # peak learning rate; if not given, 5e-6, and 5e-4 for "tiny"
     beta: float = 0.1  # a larger beta keeps the policy nearer the reference
     lambda_d: float = 1.0  # lambda_D, the weight of desirable rows (Eq. 9)
@@ -388,7 +389,7 @@ def refuse_unsupported(fields):
     """Raises InputError if a row or a message has a key that must not be ignored."""
     for key, value in fields.items():
         if key.lower() in NOT_SUPPORTED.split() and value:
-            raise InputError(f"{key} is not used here: move it into a message, or delete it")
+            raise InputError(f"{key} is not used here: write its text into a message, or delete it")
 
 
 def parse_row(line):
@@ -485,10 +486,10 @@ def render_chat(messages, answer, tokenizer, special):
 
     goes_on is usually empty. But some templates of reasoning models end `asked` with
     <think>, which `answered` lacks, and then goes_on is <think>. A program that uses
-    the model later writes it after the prompt. Here it is not trained.
+    the model later writes it after the prompt. In training it is left out.
 
-    Raises InputError if the template loses or changes a text, or writes text after
-    the answer.
+    Raises InputError if the template loses or changes a text, writes text after the
+    answer, or writes something before the answer's own thought.
     """
     with errors_about("the chat template cannot render it"):
         asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -521,6 +522,9 @@ def render_chat(messages, answer, tokenizer, special):
                 "text of a system message in a message of the user"
             )
     completion = answered[len(prompt) :].rstrip()  # no newline after the end token
+    # Some templates write an empty thought before an answer that has none. It is
+    # accepted, and trained as part of the completion. But before an answer that
+    # brings its own thought it would be a second one.
     if "<think>" in bare_answer and bare(completion) != bare_answer:
         raise InputError(
             "the chat template writes something before the thought of the completion: "
@@ -589,9 +593,11 @@ def encode(row, tokenizer, config):
     # because some tokenizers put a space before a text that stands alone. But a
     # token of the joined text may lie across the border of prompt and completion.
     #
-    # If goes_on is not empty, a program that uses the model later gives it x and
-    # goes_on. So the two may be parted elsewhere: x loses tokens until the joined
-    # text begins with x, and goes_on gains their text.
+    # `render_chat` compares letters, so that its prompt can end inside a token. For
+    # example, where one chat goes on with <think> and the other with </think>, the
+    # prompt ends with a lone "<". Then x loses its last tokens until the joined text
+    # begins with x, and goes_on gains their text. A program that uses the model
+    # later writes x and then goes_on, so that nothing is lost.
     goes_on = row["goes_on"]
     while goes_on and joined[: len(x)] != x:
         goes_on = tokenizer.decode(x[-1:]) + goes_on
@@ -618,7 +624,7 @@ def encode(row, tokenizer, config):
     last = y[-1:]
     is_text = tokenizer.decode(last) == tokenizer.decode(last, skip_special_tokens=True)
     is_unknown = last == [tokenizer.unk_token_id]
-    if last != [eos] and (is_text or is_unknown):  # to some tokenizers EOS is unknown, too
+    if last != [eos] and (is_text or is_unknown):  # in some tokenizers EOS is the unknown token
         y = y + [eos]
     encoded = {
         "prompt": x[-config.max_prompt_length :],
@@ -652,6 +658,8 @@ def load_rows(config, tokenizer, folder):
         rows = [encode(row, tokenizer, config) for row in columns.to_dict("records")]
         return pandas.DataFrame(rows).to_dict("list")
 
+    # The ids replace the texts. The other columns of `read_rows` stay, and those of
+    # `encode` are added.
     return texts.map(encode_many, batched=True)
 
 
@@ -946,7 +954,7 @@ def start_or_resume(config, checkpoint, parts, decisive):
         checkpoint.unlink(missing_ok=True)  # an earlier demo that was stopped may have left one
     config.output.mkdir(parents=True, exist_ok=True)
     log = open(config.output / "metrics.jsonl", "a", buffering=1)
-    log.truncate(min(log.tell(), log_size))  # a log that was lost stays short
+    log.truncate(min(log.tell(), log_size))  # min: truncate would fill up a shorter log with zeros
     return step, log
 
 
@@ -1115,8 +1123,8 @@ def main(models):
             checkpoint.unlink()
         finally:  # also if the run was stopped, or ends with an error
             if checkpoint.exists():
-                print(f"\nThe last checkpoint is {checkpoint}. With the same settings and with")
-                print("--resume, the run goes on from there.")
+                print(f"\nThe last checkpoint is {checkpoint}. Unless an error below says")
+                print("otherwise, the run goes on from there, with the same settings and --resume.")
         show_answers(policy, reference, tokenizer, held_out[:3])
 
 
