@@ -430,8 +430,10 @@ def as_messages(value, role, special):
             raise InputError(f"messages must be a list, and not the text of one: {value!r:.80}")
         value = [{"role": role, "content": value}]
     for message in value:
+        if not isinstance(message, dict):
+            raise InputError(f"a message must have a role and a content: {message!r:.80}")
         for key in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+            if not isinstance(message.get(key), str):
                 raise InputError(f"the {key} of a message must be a text: {message!r:.80}")
         if message["role"] not in ("system", "developer", "user", "assistant", "tool"):
             raise InputError(
@@ -460,6 +462,9 @@ def special_tokens(tokenizer):
 def render(row, tokenizer, special):
     """A row as the model sees it: {"prompt", "completion", "goes_on"}, three texts.
 
+    goes_on is what a program that uses the model later writes after the prompt, and
+    what is left out in training. It is usually empty.
+
     Without a chat template, the texts of the row stay as they are, and nothing is
     put between prompt and completion. With one, see `render_chat`. `special` is the
     pattern of `special_tokens`. Raises InputError if the row cannot be rendered.
@@ -469,7 +474,9 @@ def render(row, tokenizer, special):
     if len(answer) != 1 or answer[0]["role"] != "assistant" or not answer[0]["content"].strip():
         raise InputError("completion must be a text or one message of the assistant, not blank")
     if messages[-1]["role"] == "assistant":
-        raise InputError("prompt ends with an answer: completion must be the whole answer")
+        raise InputError(
+            "prompt ends with a message of the assistant: move its text to the completion"
+        )
     if tokenizer.chat_template is not None:
         return render_chat(messages, answer, tokenizer, special)
     if isinstance(row["prompt"], list) or isinstance(row["completion"], list):
@@ -481,12 +488,12 @@ def render_chat(messages, answer, tokenizer, special):
     """The three texts of `render`, from the tokenizer's chat template.
 
     Two renderings are made: `asked` is the chat that waits for an answer, `answered`
-    is the chat with the answer. The prompt is the beginning that both have in common.
-    The completion is the rest of `answered`, and goes_on is the rest of `asked`.
+    is the chat with the answer. The prompt is the beginning that both have in common,
+    at most up to the answer's own text. The completion is the rest of `answered`, and
+    goes_on is the rest of `asked`.
 
-    goes_on is usually empty. But some templates of reasoning models end `asked` with
-    <think>, which `answered` lacks, and then goes_on is <think>. A program that uses
-    the model later writes it after the prompt. In training it is left out.
+    For example, some templates of reasoning models end `asked` with <think>, which
+    `answered` lacks, and then goes_on is <think>.
 
     Raises InputError if the template loses or changes a text, writes text after the
     answer, or writes something before the answer's own thought.
@@ -551,7 +558,8 @@ def read_rows(path, tokenizer):
             yield texts | {
                 "label": bool(row["label"]),
                 "line": number,
-                # The names of all columns that are not used, each on a line.
+                # Two facts for `describe`: the names of all columns that are not used,
+                # as one text, and whether the completion begins with the whole prompt.
                 "not_used": "\n".join(row.keys() - {"prompt", "completion", "label"}),
                 "repeats": row["completion"][: len(row["prompt"])] == row["prompt"],
             }
@@ -740,7 +748,8 @@ def tiny_model(config, tokenizer, rows):
         num_attention_heads=4,
     )
     model = transformers.LlamaForCausalLM(settings)
-    taught = rows.select([i for i, label in enumerate(rows["label"]) if i % 5 == 0 or not label])
+    places = [i for i, label in enumerate(rows["label"]) if i % 5 == 0 or not label]
+    taught = rows.select(places)
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(500):
         optimizer.param_groups[0]["lr"] = 2.5e-3 * (1 - step / 500)
@@ -767,7 +776,11 @@ def load_tokenizer(config):
 
 
 def load_model(config, tokenizer, rows, facts, dtype=torch.float32):
-    """The causal model --model. InputError if weights or embeddings are missing."""
+    """The causal model --model. InputError if weights or embeddings are missing.
+
+    `dtype` is that of the weights; --dtype is that of the forward passes. Another one
+    than float32 is for a caller who does not train these weights.
+    """
     if config.model == "tiny":
         return tiny_model(config, tokenizer, rows)
     name = f"--model {config.model}"
@@ -787,7 +800,7 @@ def load_model(config, tokenizer, rows, facts, dtype=torch.float32):
     if not isinstance(known, list):
         known = [known]
     ends = {*known, *facts.end_token} - {None}
-    if ends != set(known):
+    if ends != set(known):  # transformers saves an unchanged one without the check below
         generation.eos_token_id = sorted(ends)
         with errors_about(f"{name}: its generation config, which a run changes, cannot be saved"):
             generation.validate(strict=True)
@@ -921,7 +934,8 @@ def evaluate(policy, reference, held_out, batch_size, **settings):
     for batch in held_out.iter(batch_size):
         if len(batch["label"]) > 1:  # a last batch of one row is left out
             steps.append(kto_step(policy, reference, batch, **settings))
-    metrics = metrics_of(*map(torch.cat, zip(*steps)))
+    joined = [torch.cat(parts) for parts in zip(*steps)]  # losses, r, z0, kl, desirable
+    metrics = metrics_of(*joined)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
@@ -978,7 +992,8 @@ def run(policy, reference, training, held_out, config, decisive):
     checkpoint = config.output / "checkpoint.pt"
     step, log = start_or_resume(config, checkpoint, parts, decisive)
 
-    signals, stopped = note_signals(), False
+    signals = note_signals()
+    stopped = False  # True after a step during which a signal came
     names = ("beta", "lambda_d", "lambda_u", "micro_batch_size")
     settings = {name: getattr(config, name) for name in names}
     batches = training_batches(training, config, step)
@@ -989,7 +1004,7 @@ def run(policy, reference, training, held_out, config, decisive):
     while True:
         # A checkpoint is saved before the evaluation of its epoch. So a run that is
         # stopped during the evaluation does it again when it is resumed. Here `step`
-        # steps are done, and the round before has saved.
+        # steps are done. If an epoch ends here, its checkpoint is saved already.
         is_epoch_end = step > 0 and step % per_epoch == 0
         if is_epoch_end and len(held_out) > 1 and not stopped:
             metrics = evaluate(policy, reference, held_out, config.batch_size, **settings)
@@ -1113,6 +1128,7 @@ def main(models):
         decisive = {name: getattr(config, name) for name in DECISIVE.split()}
         encoded = facts[["digest", "label"]].to_csv().encode()
         digest = hashlib.sha256(encoded).hexdigest()
+        # The error of `load_checkpoint` begins with this key.
         decisive["rows (a template may write the date)"] = digest
         checkpoint = config.output / "checkpoint.pt"
         try:

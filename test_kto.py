@@ -556,7 +556,7 @@ prompt,completion,label  ->  not one row of JSON
 {"prompt": "a", "completion": "b", "label": 1, "tools": [{}]}  ->  tools is not used
 {"prompt": "a", "completion": "b", "label": 1, "Images": ["a.png"]}  ->  Images is not used
 {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}], \
-"completion": "b", "label": 1}  ->  prompt ends with an answer
+"completion": "b", "label": 1}  ->  prompt ends with a message of the assistant
 {"prompt": "a", "completion": [{"role": "user", "content": "b"}], "label": 1}  ->  the assistant
 {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}, \
 {"role": "assistant", "content": "c"}], "label": 1}  ->  one message of the assistant"""
@@ -580,12 +580,12 @@ null  ->  prompt and completion must be texts or messages, not empty: None
 []  ->  prompt and completion must be texts or messages, not empty: []
 ""  ->  prompt and completion must be texts or messages, not empty: ''
 {"role": "user", "content": "a"}  ->  completion must be texts or messages, not empty: {'role'
-["a"]  ->  the role of a message must be a text: 'a'
+["a"]  ->  a message must have a role and a content: 'a'
 [{"content": "a"}]  ->  the role of a message must be a text: {'content': 'a'}
 [{"role": 1, "content": "a"}]  ->  the role of a message must be a text: {'role': 1
 [{"role": "assistant"}]  ->  the content of a message must be a text: {'role'
 [{"role": "user", "content": [{"type": "text"}]}]  ->  the content of a message must be a text
-[{"role": "assistant", "content": "a"}, 7]  ->  the role of a message must be a text: 7
+[{"role": "assistant", "content": "a"}, 7]  ->  a message must have a role and a content: 7
 [{"role": "assistant", "content": "a", "tool_calls": [1]}]  ->  tool_calls is not used
 [{"role": "assistant", "content": "a", "thinking": "b"}]  ->  thinking is not used
 "\ud83d"  ->  surrogates not allowed
