@@ -185,7 +185,8 @@ def score(model, prompts, completions, micro_batch_size):
 
 
 def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
-    """Steps 2 to 5 on one batch: adds the gradient of the mean loss to the policy.
+    """Steps 2 to 5 on one batch, and the gradient for step 6, which it adds to the
+    policy's `.grad`.
 
     `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m
     bools}. Its rows must be in random order, so that neighbours rarely have the same
@@ -218,9 +219,9 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     # 4. Reference point: from the m mismatched pairs.
     z0 = reference_point(policy_next_logps, reference_next_logps)  # ()
 
-    # The fourth score of step 3, now with gradient, and then 5, the loss. It comes
-    # last because the loss needs z0. Each micro-batch adds the gradient of its share
-    # of the mean loss.
+    # The fourth score of step 3, now with gradient, and then 5, the loss, which needs
+    # z0. Each micro-batch adds the gradient of its share of the mean loss at once, so
+    # that what the backward pass needs of the others is not in memory.
     policy_logps = torch.zeros_like(reference_logps)  # (m,)
     losses = torch.zeros_like(reference_logps)  # (m,)
     for index, x, y in micro_batches(prompts, completions, micro_batch_size):
@@ -327,7 +328,7 @@ class Config:
     output: str | None = None  # folder for the result; if not given, kto-MODEL
     epochs: int = 3  # passes over the data
     batch_size: int = 32  # m, the rows of one step; 8 to 128 are useful
-    micro_batch_size: int | None = None  # rows in memory; if not given, what fits on cuda, else 8
+    micro_batch_size: int | None = None  # rows in memory, halved on cuda until they fit; else 8
     lr: float | None = None  # peak learning rate; if not given, 5e-6, and 5e-4 for "tiny"
     beta: float = 0.1  # a larger beta keeps the policy nearer the reference
     lambda_d: float = 1.0  # lambda_D, the weight of desirable rows (Eq. 9)
@@ -386,10 +387,11 @@ NOT_SUPPORTED = """
 
 
 def refuse_unsupported(fields):
-    """Raises InputError if a row or a message has a key that must not be ignored."""
+    """Raises InputError if a row or a message has a key that must not be ignored, with
+    a value that is not empty."""
     for key, value in fields.items():
         if key.lower() in NOT_SUPPORTED.split() and value:
-            raise InputError(f"{key} is not used here: write its text into a message, or delete it")
+            raise InputError(f"{key} is not used here: say it in the prompt, or delete it")
 
 
 def parse_row(line):
@@ -397,11 +399,12 @@ def parse_row(line):
     InputError."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
-        json.dumps(row, ensure_ascii=False).encode()  # fails at half a character, such as \ud800
+        json.dumps(row, ensure_ascii=False).encode()  # ValueError: \ud800 alone is no letter
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 text, so unpack or convert the file: {error}") from error
     except (ValueError, RecursionError) as error:
-        what = str(error).replace("Extra data", "a second row begins on this line (or a comma)")
+        what = str(error).replace("Extra data", "a second row or a comma follows on this line")
+        what = what.replace("line 1 column", "column")  # json knows only this one line
         raise InputError(f"not one row of JSON: {what}") from error
 
     if not isinstance(row, dict):
@@ -454,7 +457,7 @@ def special_tokens(tokenizer):
     and [INST]."""
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     # A text may have been rendered for another model. Therefore the tags of other
-    # models are found too.
+    # models are found too. The wide bar is that of DeepSeek.
     of_others = r"<[|｜][^|｜<>\s]+[|｜]>|\[/?INST\]|<(?:start|end)_of_turn>"
     return re.compile("|".join([of_others, *map(re.escape, tokens)]))
 
@@ -588,8 +591,8 @@ def encode(row, tokenizer, config):
 
     The ids are those of the prompt, and those of the completion with an end token.
     Both are then cut to their maximal lengths. The facts are the two lengths before
-    the cut, the end token, the highest id, goes_on, and a digest, by which answers
-    with both labels are found. Raises InputError if prompt or completion has no
+    the cut, the end token, the highest id, goes_on, and a digest of all but goes_on,
+    by which equal rows are found. Raises InputError if prompt or completion has no
     token, or if they cannot be parted.
     """
     x, joined, eos = row["x"], row["joined"], tokenizer.eos_token_id
@@ -598,29 +601,31 @@ def encode(row, tokenizer, config):
         x = x[:-1]  # some tokenizers end every text with EOS
 
     # y is what follows x in the ids of the joined text. It is not tokenised alone,
-    # because some tokenizers put a space before a text that stands alone. But a
-    # token of the joined text may lie across the border of prompt and completion.
+    # because some tokenizers put a space before a text that stands alone. This fails
+    # if a token of the joined text lies across the border of prompt and completion.
+    # Then there are two cases.
     #
-    # `render_chat` compares letters, so that its prompt can end inside a token. For
-    # example, where one chat goes on with <think> and the other with </think>, the
-    # prompt ends with a lone "<". Then x loses its last tokens until the joined text
-    # begins with x, and goes_on gains their text. A program that uses the model
-    # later writes x and then goes_on, so that nothing is lost.
+    # The first case: goes_on is not empty. At inference the model reads x and then
+    # goes_on, so that tokens can move from the end of x to the beginning of goes_on.
+    # For example, where one rendering goes on with <think> and the other with
+    # </think>, the prompt of `render_chat` ends with a lone "<", half of a token.
     goes_on = row["goes_on"]
     while goes_on and joined[: len(x)] != x:
         goes_on = tokenizer.decode(x[-1:]) + goes_on
         x = x[:-1]
 
-    # If goes_on is empty, such a program gives the model exactly the ids x, so that
-    # x is kept. If a token lies across the border, y is tokenised alone after all.
-    # If this adds a space, the row is refused.
-    y = joined[len(x) :]
-    if joined[: len(x)] != x:
+    # The second case: goes_on is empty. At inference the model reads exactly x, so
+    # that x must stay, and y is tokenised alone after all. If this changes the text,
+    # the row is refused.
+    if joined[: len(x)] == x:
+        y = joined[len(x) :]
+    else:
         y = tokenizer(row["completion"], add_special_tokens=False).input_ids
         apart = tokenizer.decode(x + y, skip_special_tokens=True)
         if apart != tokenizer.decode(joined, skip_special_tokens=True):
             raise InputError(
-                f"{place}: the tokenizer adds a space between prompt and completion: move a space "
+                f"{place}: the tokenizer changes the text between prompt and completion, "
+                "usually because it adds a space: move a space "
                 "at the end of the prompt to the completion, or begin the completion with one"
             )
     if not x or not y:
@@ -632,7 +637,8 @@ def encode(row, tokenizer, config):
     last = y[-1:]
     is_text = tokenizer.decode(last) == tokenizer.decode(last, skip_special_tokens=True)
     is_unknown = last == [tokenizer.unk_token_id]
-    if last != [eos] and (is_text or is_unknown):  # in some tokenizers EOS is the unknown token
+    is_eos = last == [eos]  # in some tokenizers EOS is the unknown token
+    if not is_eos and (is_text or is_unknown):
         y = y + [eos]
     encoded = {
         "prompt": x[-config.max_prompt_length :],
@@ -666,8 +672,8 @@ def load_rows(config, tokenizer, folder):
         rows = [encode(row, tokenizer, config) for row in columns.to_dict("records")]
         return pandas.DataFrame(rows).to_dict("list")
 
-    # The ids replace the texts. The other columns of `read_rows` stay, and those of
-    # `encode` are added.
+    # What `encode` returns replaces prompt, completion and goes_on, and is added to
+    # the other columns of `read_rows`.
     return texts.map(encode_many, batched=True)
 
 
@@ -718,8 +724,8 @@ def describe(facts, training, held_out, tokenizer, config):
         print(f"         1 to 1.5: --lambda_d {weight_u / n_d:.4g} to {1.5 * weight_u / n_d:.4g}")
 
     row = training[0]
-    template = "no chat template" if tokenizer.chat_template is None else "the chat template"
-    print(f"a row    as the model sees it, with {template} of the tokenizer:")
+    template = "without a" if tokenizer.chat_template is None else "with the tokenizer's"
+    print(f"a row    as the model sees it, {template} chat template:")
     print(f"  prompt      {tokenizer.decode(row['prompt'])!r}")
     print(f"  completion  {tokenizer.decode(row['completion'])!r}")
     if row["goes_on"]:
@@ -776,7 +782,8 @@ def load_tokenizer(config):
 
 
 def load_model(config, tokenizer, rows, facts, dtype=torch.float32):
-    """The causal model --model. InputError if weights or embeddings are missing.
+    """The causal model --model, whose generation config gets the end tokens of the rows.
+    InputError if weights or embeddings are missing.
 
     `dtype` is that of the weights; --dtype is that of the forward passes. Another one
     than float32 is for a caller who does not train these weights.
@@ -860,10 +867,10 @@ def rehearse(policy, reference, x, y, config):
     """Try the step that needs the most memory, and return the micro_batch_size that
     fits into memory.
 
-    `x` is the longest prompt and `y` is the longest completion. On cuda, the size is
-    halved until a step fits. This changes no result but for rounding, because z0 and
-    the loss are means over all rows of a batch. Raises InputError if not even one
-    row fits.
+    `x` is the longest prompt and `y` is the longest completion. On cuda, the size,
+    also one that was given, is halved until a step fits. This changes no result but
+    for rounding, because z0 and the loss are means over all rows of a batch. Raises
+    InputError if not even one row fits.
     """
     default = config.batch_size if "cuda" in config.device else 8
     size = min(config.micro_batch_size or default, config.batch_size)
@@ -895,7 +902,8 @@ def rehearse(policy, reference, x, y, config):
 # ---- The run ----------------------------------------------------------------------
 
 
-# What decides the result of a run: a resumed run must have the same settings.
+# What decides the result of a run: a resumed run must have the same settings. Its
+# rows are compared too, by a digest that `main` makes.
 DECISIVE = """model epochs batch_size lr beta lambda_d lambda_u max_prompt_length
     max_completion_length holdout dtype seed"""
 
@@ -920,8 +928,14 @@ def load_checkpoint(path, parts, settings):
         state = torch.load(path, map_location="cpu", weights_only=True)
         earlier = state["settings"]
     for name, value in settings.items():
-        if earlier.get(name) != value:
-            raise InputError(f"--resume: {name} was {earlier.get(name)}, and now it is {value}")
+        if earlier.get(name) == value:
+            continue
+        if name == "rows":
+            raise InputError(
+                "--resume: the rows are not the same: --data or the tokenizer has changed, "
+                "or the chat template writes the date"
+            )
+        raise InputError(f"--resume: {name} was {earlier.get(name)}, and now it is {value}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"], state["log"]
@@ -1002,17 +1016,18 @@ def run(policy, reference, training, held_out, config, decisive):
     print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
     bar = tqdm(initial=step, total=steps, disable=None)
     while True:
-        # A checkpoint is saved before the evaluation of its epoch. So a run that is
-        # stopped during the evaluation does it again when it is resumed. Here `step`
-        # steps are done. If an epoch ends here, its checkpoint is saved already.
+        # Here `step` steps are done. If an epoch ends here, its checkpoint is saved
+        # already, before the evaluation. So a run that ends during or after this
+        # evaluation does it again when it is resumed, and its line in the log is
+        # replaced.
         is_epoch_end = step > 0 and step % per_epoch == 0
         if is_epoch_end and len(held_out) > 1 and not stopped:
             metrics = evaluate(policy, reference, held_out, config.batch_size, **settings)
             print(json.dumps({"step": step, **metrics}), file=log)
             loss, accuracy = metrics["eval_loss"], metrics["eval_accuracy"]
             bar.write(f"held out: loss {loss:.3f}, accuracy {accuracy:.2f}")
-        # The run ends only where a checkpoint of this very step was saved: after a
-        # step during which a signal came, or at the end of an epoch.
+        # After a signal the run ends, but only where a checkpoint of this very step
+        # was saved: if the signal came during the step, or at the end of an epoch.
         if stopped or (is_epoch_end and signals):
             raise SystemExit(128 + signals[0])
         if step == steps:
@@ -1128,8 +1143,7 @@ def main(models):
         decisive = {name: getattr(config, name) for name in DECISIVE.split()}
         encoded = facts[["digest", "label"]].to_csv().encode()
         digest = hashlib.sha256(encoded).hexdigest()
-        # The error of `load_checkpoint` begins with this key.
-        decisive["rows (a template may write the date)"] = digest
+        decisive["rows"] = digest
         checkpoint = config.output / "checkpoint.pt"
         try:
             run(policy, reference, training, held_out, config, decisive)

@@ -537,7 +537,7 @@ BAD_ROWS = """\
 prompt,completion,label  ->  not one row of JSON
 {"prompt": "a", "compl  ->  not one row of JSON
 {'prompt': 'a', 'completion': 'b', 'label': True}  ->  double quotes
-{"prompt": "a", "completion": "b", "label": 1} {}  ->  second row begins on this line ... column 48
+{"prompt": "a", "completion": "b", "label": 1} {}  ->  a second row or a comma follows ... column 48
 {"prompt": "é", "completion": "b", "label": true}  ->  can't decode byte 0xe9
 \x1f\x8b\x08  ->  not UTF-8 text ... unpack
 {"conversations": [], "kto_tag": true}  ->  no prompt ... ['conversations', 'kto_tag']
@@ -730,7 +730,7 @@ def test_a_completion_is_tokenised_as_it_follows_the_prompt():
     # Where a token lies across the border, the completion is tokenised alone, unless
     # that adds a space to the text.
     tokenizer.add_tokens(["iH"])
-    with input_error("rows.jsonl:1: .* adds a space"):
+    with input_error("rows.jsonl:1: .* it adds a space"):
         texts(tokenizer)
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["iH"])
@@ -972,10 +972,10 @@ def test_what_is_cut_is_counted_with_a_warning_if_most_answers_lose_their_end(sh
 def test_a_row_is_shown_as_the_model_sees_it_with_its_border_and_what_inference_adds(shown):
     rows = [("Hi", "Hello", True)] * 3
     printed = shown(rows)[0]
-    assert "no chat template" in printed and "goes on" not in printed
+    assert "without a chat template" in printed and "goes on" not in printed
     assert "prompt      'Hi'\n  completion  'Hello</s>'\n" in printed
     printed = shown(rows, template=THINK_CLOSED)[0]
-    assert "with the chat template" in printed
+    assert "with the tokenizer's chat template" in printed
     assert r"'<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>'" in printed
     assert "  completion  '</think>Hello<|im_end|>'\n" in printed
     assert printed.count(r"goes on with '\n'") == printed.count("goes on") == 1
@@ -1324,16 +1324,12 @@ def test_what_decides_the_result_may_not_differ_when_a_run_goes_on(stopped, refu
     assert str(stopped / "checkpoint.pt") in refused.stdout
     for other in (("Say 23→", "nononono", True), ("Say 23→", "no", False)):  # label, text
         data = write_rows(tmp_path / "rows.jsonl", ROWS[:23] + [other])
-        assert "--resume: rows (a template may write the date) was" in refused(
-            stopped, f"--resume --data {data}"
-        )
+        assert "--resume: the rows are not the same" in refused(stopped, f"--resume --data {data}")
     assert contents(stopped) == before
 
     settings = torch.load(stopped / "checkpoint.pt")["settings"]
     free = {"data", "output", "device", "micro_batch_size", "save_every", "resume"}
-    assert settings.keys() == vars(kto.Config()).keys() - free | {
-        "rows (a template may write the date)"
-    }
+    assert settings.keys() == vars(kto.Config()).keys() - free | {"rows"}
 
 
 def test_resume_without_a_checkpoint_starts_and_of_a_finished_model_is_refused(
