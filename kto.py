@@ -197,7 +197,8 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     dropout would be noise in r.
 
     Returns (losses, r, z0, kl, desirable), tensors (m,) without gradient, for
-    `metrics_of`. The one z0 of the step is repeated m times. The kl of a row is
+    `metrics_of`. The one z0 of the step is repeated m times, so that `evaluate` can
+    join the rows of several steps. The kl of a row is
     log pi_theta(y'|x) - log pi_ref(y'|x), where y' is the completion of the next
     row. The mean of the m values of kl, clamped at 0, is z0. Under
     `torch.no_grad()` the step only evaluates. Raises ValueError if m < 2.
@@ -219,9 +220,10 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     # 4. Reference point: from the m mismatched pairs.
     z0 = reference_point(policy_next_logps, reference_next_logps)  # ()
 
-    # The fourth score of step 3, now with gradient, and then 5, the loss, which needs
-    # z0. Each micro-batch adds the gradient of its share of the mean loss at once, so
-    # that what the backward pass needs of the others is not in memory.
+    # The fourth score of step 3 is made here, with gradient, and then 5, the loss,
+    # which needs z0. Each micro-batch runs its backward pass before the next one is
+    # scored, so that only one of them is in memory. The sum of their gradients is
+    # the gradient of the mean loss.
     policy_logps = torch.zeros_like(reference_logps)  # (m,)
     losses = torch.zeros_like(reference_logps)  # (m,)
     for index, x, y in micro_batches(prompts, completions, micro_batch_size):
@@ -234,8 +236,6 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
 
     r = policy_logps - reference_logps  # (m,)
     kl = policy_next_logps - reference_next_logps  # (m,)
-    # The one z0 is repeated for each row, so that `evaluate` can join the rows of
-    # several steps.
     return losses, r, z0.expand(m), kl, desirable
 
 
@@ -309,8 +309,8 @@ class InputError(ValueError):
 def errors_about(what):
     """Turns an error of a library into an InputError that begins with `what`.
 
-    The block holds only calls of libraries, on something that the user named. Errors
-    in this file's own code are not caught, so that they keep their traceback.
+    The block holds little more than calls of libraries, on something that the user
+    named. Elsewhere errors are not caught, so that a bug keeps its traceback.
     """
     try:
         yield
@@ -320,15 +320,15 @@ def errors_about(what):
 
 @dataclasses.dataclass
 class Config:
-    """The settings of a run, each a flag. Defaults are the paper's where it names
-    one (§4.2)."""
+    """The settings of a run, each a flag. The defaults of batch_size, lr, beta and the
+    lambdas are the paper's (§4.2), the others are ours."""
 
     model: str = "tiny"  # hub name or folder; "tiny" is a toy that is built and taught here
     data: str = str(Path(__file__).with_name("data_sample.jsonl"))  # JSONL file of feedback
     output: str | None = None  # folder for the result; if not given, kto-MODEL
     epochs: int = 3  # passes over the data
     batch_size: int = 32  # m, the rows of one step; 8 to 128 are useful
-    micro_batch_size: int | None = None  # rows in memory, halved on cuda until they fit; else 8
+    micro_batch_size: int | None = None  # rows in one call of a model; on cuda halved until it fits
     lr: float | None = None  # peak learning rate; if not given, 5e-6, and 5e-4 for "tiny"
     beta: float = 0.1  # a larger beta keeps the policy nearer the reference
     lambda_d: float = 1.0  # lambda_D, the weight of desirable rows (Eq. 9)
@@ -399,12 +399,12 @@ def parse_row(line):
     InputError."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
-        json.dumps(row, ensure_ascii=False).encode()  # ValueError: \ud800 alone is no letter
+        # This raises ValueError if a text has half a letter, such as "\ud800" alone.
+        json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 text, so unpack or convert the file: {error}") from error
     except (ValueError, RecursionError) as error:
-        what = str(error).replace("Extra data", "a second row or a comma follows on this line")
-        what = what.replace("line 1 column", "column")  # json knows only this one line
+        what = str(error).replace("line 1 column", "column")  # json knows only this one line
         raise InputError(f"not one row of JSON: {what}") from error
 
     if not isinstance(row, dict):
@@ -465,8 +465,8 @@ def special_tokens(tokenizer):
 def render(row, tokenizer, special):
     """A row as the model sees it: {"prompt", "completion", "goes_on"}, three texts.
 
-    goes_on is what a program that uses the model later writes after the prompt, and
-    what is left out in training. It is usually empty.
+    goes_on is what the chat template puts between the prompt and a new answer, but
+    not between the prompt and the answer of this row. It is usually empty.
 
     Without a chat template, the texts of the row stay as they are, and nothing is
     put between prompt and completion. With one, see `render_chat`. `special` is the
@@ -493,10 +493,8 @@ def render_chat(messages, answer, tokenizer, special):
     Two renderings are made: `asked` is the chat that waits for an answer, `answered`
     is the chat with the answer. The prompt is the beginning that both have in common,
     at most up to the answer's own text. The completion is the rest of `answered`, and
-    goes_on is the rest of `asked`.
-
-    For example, some templates of reasoning models end `asked` with <think>, which
-    `answered` lacks, and then goes_on is <think>.
+    goes_on is the rest of `asked`. For example, some templates of reasoning models
+    end `asked` with <think>, which `answered` lacks, and then goes_on is <think>.
 
     Raises InputError if the template loses or changes a text, writes text after the
     answer, or writes something before the answer's own thought.
@@ -591,19 +589,19 @@ def encode(row, tokenizer, config):
 
     The ids are those of the prompt, and those of the completion with an end token.
     Both are then cut to their maximal lengths. The facts are the two lengths before
-    the cut, the end token, the highest id, goes_on, and a digest of all but goes_on,
-    by which equal rows are found. Raises InputError if prompt or completion has no
-    token, or if they cannot be parted.
+    the cut, the end token, the highest id, goes_on, and a digest of all but goes_on
+    and the label, by which equal answers to equal prompts are found. Raises
+    InputError if prompt or completion has no token, or if they cannot be parted.
     """
     x, joined, eos = row["x"], row["joined"], tokenizer.eos_token_id
     place = f"{config.data}:{row['line']}"
     if tokenizer.chat_template is None and x[-1:] == [eos]:
         x = x[:-1]  # some tokenizers end every text with EOS
 
-    # y is what follows x in the ids of the joined text. It is not tokenised alone,
-    # because some tokenizers put a space before a text that stands alone. This fails
-    # if a token of the joined text lies across the border of prompt and completion.
-    # Then there are two cases.
+    # Usually the ids of the joined text begin with x, and y is the rest of them. (y is
+    # not tokenised alone, because some tokenizers put a space before a text that
+    # stands alone.) It is not so if a token of the joined text lies across the border
+    # of prompt and completion. Then there are two cases.
     #
     # The first case: goes_on is not empty. At inference the model reads x and then
     # goes_on, so that tokens can move from the end of x to the beginning of goes_on.
@@ -614,12 +612,12 @@ def encode(row, tokenizer, config):
         goes_on = tokenizer.decode(x[-1:]) + goes_on
         x = x[:-1]
 
-    # The second case: goes_on is empty. At inference the model reads exactly x, so
-    # that x must stay, and y is tokenised alone after all. If this changes the text,
-    # the row is refused.
     if joined[: len(x)] == x:
         y = joined[len(x) :]
     else:
+        # The second case: goes_on is empty. At inference the model reads exactly x, so
+        # that x must stay, and y is tokenised alone after all. If this changes the
+        # text, the row is refused.
         y = tokenizer(row["completion"], add_special_tokens=False).input_ids
         apart = tokenizer.decode(x + y, skip_special_tokens=True)
         if apart != tokenizer.decode(joined, skip_special_tokens=True):
@@ -739,8 +737,8 @@ def tiny_model(config, tokenizer, rows):
     """A toy: a small Llama, taught the undesirable rows and every fifth row.
 
     In the sample, the desirable completions are polite. So the toy finds most polite
-    words unlikely. At first, KTO makes them likelier after every prompt, and also
-    after a mismatched one, so that one can see z0 rise.
+    words unlikely. At first, KTO makes them likelier after any prompt, so also in the
+    mismatched pairs, and one can see z0 rise.
     """
     torch.manual_seed(config.seed)
     torch.set_num_threads(1)  # more threads would only wait for each other at this size
@@ -785,8 +783,8 @@ def load_model(config, tokenizer, rows, facts, dtype=torch.float32):
     """The causal model --model, whose generation config gets the end tokens of the rows.
     InputError if weights or embeddings are missing.
 
-    `dtype` is that of the weights; --dtype is that of the forward passes. Another one
-    than float32 is for a caller who does not train these weights.
+    `dtype` is that of the weights; --dtype is that of the forward passes. The README's
+    script for LoRA asks for bfloat16 here, because it does not train these weights.
     """
     if config.model == "tiny":
         return tiny_model(config, tokenizer, rows)
@@ -807,9 +805,11 @@ def load_model(config, tokenizer, rows, facts, dtype=torch.float32):
     if not isinstance(known, list):
         known = [known]
     ends = {*known, *facts.end_token} - {None}
-    if ends != set(known):  # transformers saves an unchanged one without the check below
+    if ends != set(known):
         generation.eos_token_id = sorted(ends)
-        with errors_about(f"{name}: its generation config, which a run changes, cannot be saved"):
+        # transformers does not save a changed generation config that has any fault, not
+        # even an old one. The user must know it now, and not after the training.
+        with errors_about(f"{name}: mend its generation_config.json, or delete it"):
             generation.validate(strict=True)
     return model
 
@@ -867,9 +867,10 @@ def rehearse(policy, reference, x, y, config):
     """Try the step that needs the most memory, and return the micro_batch_size that
     fits into memory.
 
-    `x` is the longest prompt and `y` is the longest completion. On cuda, the size,
-    also one that was given, is halved until a step fits. This changes no result but
-    for rounding, because z0 and the loss are means over all rows of a batch. Raises
+    `x` is the longest prompt and `y` is the longest completion. The size begins with
+    --micro_batch_size, or if this is not given with the whole batch on cuda and with 8
+    elsewhere. On cuda it is halved until a step fits. This changes no result but for
+    rounding, because z0 and the loss are means over all rows of a batch. Raises
     InputError if not even one row fits.
     """
     default = config.batch_size if "cuda" in config.device else 8
@@ -902,10 +903,14 @@ def rehearse(policy, reference, x, y, config):
 # ---- The run ----------------------------------------------------------------------
 
 
-# What decides the result of a run: a resumed run must have the same settings. Its
-# rows are compared too, by a digest that `main` makes.
-DECISIVE = """model epochs batch_size lr beta lambda_d lambda_u max_prompt_length
-    max_completion_length holdout dtype seed"""
+def decisive_settings(config, facts):
+    """What decides the result of a run, so that a resumed run must have the same: these
+    settings, and the rows, as a digest. The other settings change the result by
+    rounding at most."""
+    names = """model epochs batch_size lr beta lambda_d lambda_u max_prompt_length
+        max_completion_length holdout dtype seed"""
+    rows = hashlib.sha256(facts[["digest", "label"]].to_csv().encode()).hexdigest()
+    return {name: getattr(config, name) for name in names.split()} | {"rows": rows}
 
 
 def save_checkpoint(path, parts, **others):
@@ -921,13 +926,13 @@ def save_checkpoint(path, parts, **others):
         partial.replace(path)
 
 
-def load_checkpoint(path, parts, settings):
+def load_checkpoint(path, parts, decisive):
     """Restore the states of `parts`. Returns the step, and the size of the log at
-    that time."""
+    that time. Raises InputError with the name of a decisive setting that differs."""
     with errors_about(f"--resume cannot read {path}"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        earlier = state["settings"]
-    for name, value in settings.items():
+        earlier = state["decisive"]
+    for name, value in decisive.items():
         if earlier.get(name) == value:
             continue
         if name == "rows":
@@ -1007,7 +1012,8 @@ def run(policy, reference, training, held_out, config, decisive):
     step, log = start_or_resume(config, checkpoint, parts, decisive)
 
     signals = note_signals()
-    stopped = False  # True after a step during which a signal came
+    stopped = False  # becomes True after a step during which a signal came
+    is_epoch_end = step > 0 and step % per_epoch == 0  # a run may resume at such an end
     names = ("beta", "lambda_d", "lambda_u", "micro_batch_size")
     settings = {name: getattr(config, name) for name in names}
     batches = training_batches(training, config, step)
@@ -1020,14 +1026,13 @@ def run(policy, reference, training, held_out, config, decisive):
         # already, before the evaluation. So a run that ends during or after this
         # evaluation does it again when it is resumed, and its line in the log is
         # replaced.
-        is_epoch_end = step > 0 and step % per_epoch == 0
         if is_epoch_end and len(held_out) > 1 and not stopped:
             metrics = evaluate(policy, reference, held_out, config.batch_size, **settings)
             print(json.dumps({"step": step, **metrics}), file=log)
             loss, accuracy = metrics["eval_loss"], metrics["eval_accuracy"]
             bar.write(f"held out: loss {loss:.3f}, accuracy {accuracy:.2f}")
         # After a signal the run ends, but only where a checkpoint of this very step
-        # was saved: if the signal came during the step, or at the end of an epoch.
+        # exists.
         if stopped or (is_epoch_end and signals):
             raise SystemExit(128 + signals[0])
         if step == steps:
@@ -1045,11 +1050,14 @@ def run(policy, reference, training, held_out, config, decisive):
         if metrics["step"] % math.ceil(steps / 16) == 0:
             bar.write(chart(metrics, config.beta))
 
-        # A signal that comes later than this waits for the end of the next step. At
-        # the end of an epoch it waits for the end of the evaluation.
+        # `stopped` is asked for once, before the checkpoint is saved, so that it is never
+        # true without one. A signal that comes later waits for the end of the next step,
+        # or, at the end of an epoch, for the end of the evaluation.
         stopped = bool(signals)
-        if stopped or step % per_epoch == 0 or config.save_every and step % config.save_every == 0:
-            save_checkpoint(checkpoint, parts, step=step, log=log.tell(), settings=decisive)
+        is_epoch_end = step % per_epoch == 0
+        is_due = config.save_every > 0 and step % config.save_every == 0
+        if stopped or is_epoch_end or is_due:
+            save_checkpoint(checkpoint, parts, step=step, log=log.tell(), decisive=decisive)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here a signal ends it at once
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1137,13 +1145,7 @@ def main(models):
         print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}")
         print(f"memory   {config.micro_batch_size} rows fit, the longest were tried")
 
-        # A resumed run must have the same decisive settings and the same rows. If it
-        # has not, the user reads the name of what differs. The other settings change
-        # its result by rounding at most.
-        decisive = {name: getattr(config, name) for name in DECISIVE.split()}
-        encoded = facts[["digest", "label"]].to_csv().encode()
-        digest = hashlib.sha256(encoded).hexdigest()
-        decisive["rows"] = digest
+        decisive = decisive_settings(config, facts)
         checkpoint = config.output / "checkpoint.pt"
         try:
             run(policy, reference, training, held_out, config, decisive)

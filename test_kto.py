@@ -537,7 +537,7 @@ BAD_ROWS = """\
 prompt,completion,label  ->  not one row of JSON
 {"prompt": "a", "compl  ->  not one row of JSON
 {'prompt': 'a', 'completion': 'b', 'label': True}  ->  double quotes
-{"prompt": "a", "completion": "b", "label": 1} {}  ->  a second row or a comma follows ... column 48
+{"prompt": "a", "completion": "b", "label": 1} {}  ->  Extra data: column 48
 {"prompt": "é", "completion": "b", "label": true}  ->  can't decode byte 0xe9
 \x1f\x8b\x08  ->  not UTF-8 text ... unpack
 {"conversations": [], "kto_tag": true}  ->  no prompt ... ['conversations', 'kto_tag']
@@ -1055,7 +1055,7 @@ def test_a_generation_config_that_cannot_be_saved_is_refused_if_it_would_be_chan
     file = tmp_path / "generation_config.json"
     odd = json.loads(file.read_text()) | {"eos_token_id": [5, 0], "temperature": 0.5}
     file.write_text(json.dumps(odd))  # a temperature means nothing without sampling
-    assert "generation config" in load_error(tmp_path, end_token=259)
+    assert "generation_config.json" in load_error(tmp_path, end_token=259)
     load_with(tmp_path).save_pretrained(tmp_path)
     assert json.loads(file.read_text()) == odd
 
@@ -1327,9 +1327,9 @@ def test_what_decides_the_result_may_not_differ_when_a_run_goes_on(stopped, refu
         assert "--resume: the rows are not the same" in refused(stopped, f"--resume --data {data}")
     assert contents(stopped) == before
 
-    settings = torch.load(stopped / "checkpoint.pt")["settings"]
+    decisive = torch.load(stopped / "checkpoint.pt")["decisive"]
     free = {"data", "output", "device", "micro_batch_size", "save_every", "resume"}
-    assert settings.keys() == vars(kto.Config()).keys() - free | {"rows"}
+    assert decisive.keys() == vars(kto.Config()).keys() - free | {"rows"}
 
 
 def test_resume_without_a_checkpoint_starts_and_of_a_finished_model_is_refused(
