@@ -398,7 +398,7 @@ def parse_row(line):
     """One line of JSONL, as bytes -> a dict with prompt, completion and label, or
     InputError."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig").rstrip())
         # This raises ValueError if a text has half a letter, such as "\ud800" alone.
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -465,8 +465,9 @@ def special_tokens(tokenizer):
 def render(row, tokenizer, special):
     """A row as the model sees it: {"prompt", "completion", "goes_on"}, three texts.
 
-    goes_on is what the chat template puts between the prompt and a new answer, but
-    not between the prompt and the answer of this row. It is usually empty.
+    goes_on is what follows the prompt when the model is asked for a new answer, but is
+    missing before this row's answer. It is usually empty; with some reasoning models
+    it is <think>.
 
     Without a chat template, the texts of the row stay as they are, and nothing is
     put between prompt and completion. With one, see `render_chat`. `special` is the
@@ -497,7 +498,7 @@ def render_chat(messages, answer, tokenizer, special):
     end `asked` with <think>, which `answered` lacks, and then goes_on is <think>.
 
     Raises InputError if the template loses or changes a text, writes text after the
-    answer, or writes something before the answer's own thought.
+    answer, or writes something before an answer that brings its own <think> block.
     """
     with errors_about("the chat template cannot render it"):
         asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -604,9 +605,10 @@ def encode(row, tokenizer, config):
     # of prompt and completion. Then there are two cases.
     #
     # The first case: goes_on is not empty. At inference the model reads x and then
-    # goes_on, so that tokens can move from the end of x to the beginning of goes_on.
-    # For example, where one rendering goes on with <think> and the other with
-    # </think>, the prompt of `render_chat` ends with a lone "<", half of a token.
+    # goes_on, and the border between these two is ours to choose. So the last tokens of
+    # x move to goes_on until the joined ids begin with x. For example, where one
+    # rendering goes on with <think> and the other with </think>, the prompt of
+    # `render_chat` ends with a lone "<", half of a token.
     goes_on = row["goes_on"]
     while goes_on and joined[: len(x)] != x:
         goes_on = tokenizer.decode(x[-1:]) + goes_on
@@ -815,8 +817,8 @@ def load_model(config, tokenizer, rows, facts, dtype=torch.float32):
 
 
 def check_model(model, x, y, config):
-    """InputError if the model cannot score the longest prompt x with the longest
-    completion y."""
+    """InputError if the model, with weights in float32, cannot score the longest prompt
+    x with the longest completion y."""
     # They may meet as a mismatched pair, and `show_answers` writes up to 64 tokens.
     # The few tokens of goes_on are neglected.
     length = len(x) + max(len(y), 64)
@@ -1012,7 +1014,7 @@ def run(policy, reference, training, held_out, config, decisive):
     step, log = start_or_resume(config, checkpoint, parts, decisive)
 
     signals = note_signals()
-    stopped = False  # becomes True after a step during which a signal came
+    stopped = False  # becomes True after the first step that finds a signal noted
     is_epoch_end = step > 0 and step % per_epoch == 0  # a run may resume at such an end
     names = ("beta", "lambda_d", "lambda_u", "micro_batch_size")
     settings = {name: getattr(config, name) for name in names}
@@ -1050,9 +1052,10 @@ def run(policy, reference, training, held_out, config, decisive):
         if metrics["step"] % math.ceil(steps / 16) == 0:
             bar.write(chart(metrics, config.beta))
 
-        # `stopped` is asked for once, before the checkpoint is saved, so that it is never
-        # true without one. A signal that comes later waits for the end of the next step,
-        # or, at the end of an epoch, for the end of the evaluation.
+        # The signals are looked at once in each step, before the checkpoint is saved. So
+        # where `stopped` is true, a checkpoint of this step exists. A signal that comes
+        # later waits for the end of the next step, or, at the end of an epoch, for the
+        # end of the evaluation.
         stopped = bool(signals)
         is_epoch_end = step % per_epoch == 0
         is_due = config.save_every > 0 and step % config.save_every == 0

@@ -532,7 +532,7 @@ def refusal(folder, line):
 BAD_ROWS = """\
 [{"prompt": "a"}, {"prompt": "b"}]  ->  not a JSON object: [{'prompt': 'a'}
 [  ->  not one row of JSON: Expecting value
-{  ->  not one row of JSON
+{  ->  not one row of JSON ... column 2
 "text"  ->  not a JSON object: 'text'
 prompt,completion,label  ->  not one row of JSON
 {"prompt": "a", "compl  ->  not one row of JSON
