@@ -2280,6 +2280,7 @@ def unseen_and_trained(rows):
     rows = [row for row in rows if tuple(row["prompt"]) not in unseen]
     for row in dice.sample(rows, len(rows) // 5):
         row["label"] = not row["label"]
+        row["is_mistake"] = True
     return list(map(list, unseen)), rows
 
 
@@ -2334,7 +2335,9 @@ def two_tones(folder, dtype="float32"):
         rows = kto.load_rows(kto.Config(), tokenizer, cache).to_list()
     unseen, rows = unseen_and_trained(rows)
     good = [row for row in rows if row["label"]]
-    print(f"{len(rows)} rows, a fifth of the labels wrong; {len(good)} are marked desirable.")
+    mistakes = sum("is_mistake" in row for row in good)
+    print(f"{len(rows)} rows, a fifth of the labels wrong; {len(good)} are marked desirable,")
+    print(f"{mistakes} of them by mistake.")
     print("Counted are answers to 100 other prompts whose first sentence, up to a full stop,")
     print("question mark or colon, is that of a polite or of a rude completion of the sample.\n")
     print("polite / rude                              sampled       greedy")
