@@ -378,19 +378,20 @@ two rows."""
 
 # Columns of a row, and keys of a message, that are meant to change what is trained.
 # This file cannot use them, so it refuses them. Other columns are ignored, and named
-# before the training.
+# before the training. Here systemprompt stands for system_prompt and systemPrompt too.
 NOT_SUPPORTED = """
-    system system_prompt system_message instruction instructions input context history
-    documents tools functions tool_calls function_call chat_template_kwargs
-    thought thinking reasoning reasoning_content reasoning_details
-    image images image_path image_url video videos audio audios"""
+    system systemprompt systemmessage instruction instructions input context history
+    documents tools functions toolcalls toolinvocations functioncall chattemplatekwargs
+    thought thinking reasoning reasoningcontent reasoningdetails attachments
+    image images imagepath imageurl imageurls video videos audio audios"""
 
 
 def refuse_unsupported(fields):
     """Raises InputError if a row or a message has a key that must not be ignored, with
     a value that is not empty."""
     for key, value in fields.items():
-        if key.lower() in NOT_SUPPORTED.split() and value:
+        name = re.sub(r"[\W_]", "", key.lower())
+        if name in NOT_SUPPORTED.split() and value:
             raise InputError(f"{key} is not used here: say it in the prompt, or delete it")
 
 
@@ -429,7 +430,7 @@ def as_messages(value, role, special):
             f"prompt and completion must be texts or messages, not empty: {value!r:.80}"
         )
     if isinstance(value, str):
-        if re.match(r"\s*\[\s*\{\s*[\"']role", value):
+        if re.match(r"\s*(array\()?\[\s*\{\s*[\"'](role|content|from)\b", value):
             raise InputError(f"messages must be a list, and not the text of one: {value!r:.80}")
         value = [{"role": role, "content": value}]
     for message in value:
@@ -457,9 +458,13 @@ def special_tokens(tokenizer):
     and [INST]."""
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     # A text may have been rendered for another model. Therefore the tags of other
-    # models are found too. The wide bar is that of DeepSeek.
-    of_others = r"<[|｜][^|｜<>\s]+[|｜]>|\[/?INST\]|<(?:start|end)_of_turn>"
-    return re.compile("|".join([of_others, *map(re.escape, tokens)]))
+    # models are found too. The wide bar is that of DeepSeek. Within a text, </s> is a
+    # tag of HTML.
+    of_others = (
+        r"<[|｜][^|｜<>\s]{2,}[|｜]>|<\|turn>|<turn\|>|<(?:start|end)_of_(?:turn|utterance)>",
+        r"<eos>|</s>\s*$|\[/?INST\]|<</?SYS>>",
+    )
+    return re.compile("|".join([*of_others, *map(re.escape, tokens)]))
 
 
 def render(row, tokenizer, special):
@@ -476,7 +481,10 @@ def render(row, tokenizer, special):
     messages = as_messages(row["prompt"], "user", special)
     answer = as_messages(row["completion"], "assistant", special)
     if len(answer) != 1 or answer[0]["role"] != "assistant" or not answer[0]["content"].strip():
-        raise InputError("completion must be a text or one message of the assistant, not blank")
+        raise InputError(
+            "completion must be a text or one message of the assistant, not blank; "
+            "the messages before it belong to the prompt"
+        )
     if messages[-1]["role"] == "assistant":
         raise InputError(
             "prompt ends with a message of the assistant: move its text to the completion"
@@ -632,13 +640,14 @@ def encode(row, tokenizer, config):
         raise InputError(f"{place}: prompt or completion becomes no token")
 
     # Most chat templates close an answer with a special token. A token is special if
-    # `skip_special_tokens` removes it. If the last token is not special, or if it
-    # only stands for unknown letters, EOS is added.
+    # `skip_special_tokens` removes it. EOS is added if there is no template, if the last
+    # token is not special, or if it only stands for unknown letters.
     last = y[-1:]
+    is_plain = tokenizer.chat_template is None
     is_text = tokenizer.decode(last) == tokenizer.decode(last, skip_special_tokens=True)
     is_unknown = last == [tokenizer.unk_token_id]
     is_eos = last == [eos]  # in some tokenizers EOS is the unknown token
-    if not is_eos and (is_text or is_unknown):
+    if not is_eos and (is_plain or is_text or is_unknown):
         y = y + [eos]
     encoded = {
         "prompt": x[-config.max_prompt_length :],

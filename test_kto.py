@@ -555,6 +555,7 @@ prompt,completion,label  ->  not one row of JSON
 {"prompt": "a", "completion": "b", "label": 1, "system": "Be kind"}  ->  system is not used
 {"prompt": "a", "completion": "b", "label": 1, "tools": [{}]}  ->  tools is not used
 {"prompt": "a", "completion": "b", "label": 1, "Images": ["a.png"]}  ->  Images is not used
+{"prompt": "a", "completion": "b", "label": 1, "system-Prompt": "c"}  ->  system-Prompt is not used
 {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}], \
 "completion": "b", "label": 1}  ->  prompt ends with a message of the assistant
 {"prompt": "a", "completion": [{"role": "user", "content": "b"}], "label": 1}  ->  the assistant
@@ -598,7 +599,10 @@ null  ->  prompt and completion must be texts or messages, not empty: None
 "<\uff5cUser\uff5c>a"  ->  '<｜User｜>' is a special token or a template's tag
 "[INST] a [/INST]"  ->  '[INST]' is a special token or a template's tag
 "<start_of_turn>user"  ->  '<start_of_turn>' is a special token or a template's tag
-"[{\"role\": \"user\"}]"  ->  messages must be a list, and not the text of one"""
+"Hi <turn|>"  ->  '<turn|>' is a special token or a template's tag
+"Hi<eos>"  ->  '<eos>' is a special token or a template's tag
+"[{\"role\": \"user\"}]"  ->  messages must be a list, and not the text of one
+"array([{'content': 'a', 'role': 'user'}])"  ->  messages must be a list, and not the text of one"""
 
 
 @pytest.mark.parametrize("case", NO_MESSAGES.splitlines())
@@ -786,14 +790,25 @@ def test_the_border_lies_between_tokens_where_inference_opens_a_thought_that_is_
     assert row["goes_on"] == "<think>\n"  # with its "<"
 
 
-def test_a_completion_ends_with_eos_even_if_its_last_token_is_unknown():
-    words = tokenizers.models.WordLevel({"a": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")
-    backend = tokenizers.Tokenizer(words)
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+@pytest.mark.parametrize(
+    "template, piece, expected",
+    [
+        ("{% for m in messages %}{{ m.content }} {% endfor %}", "<unk>", [0, 2, 1]),
+        (None, "<byte>", [0, 3, 1]),  # some tokenizers call the pieces of rare letters special
+    ],
+)
+def test_a_completion_ends_with_eos_even_if_its_last_letter_becomes_a_special_token(
+    template, piece, expected
+):
+    vocabulary = {"a": 0, "</s>": 1, "<unk>": 2, "<byte>": 3}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.normalizer = tokenizers.normalizers.Replace("b", piece)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", chat_template=template
     )
-    assert encoded(tokenizer, "a ", "a b")["completion"] == [0, 2, 1]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<byte>"]})
+    assert encoded(tokenizer, "a ", "a b")["completion"] == expected
 
 
 def test_a_completion_ends_with_eos_even_if_its_last_token_decodes_to_nothing():
@@ -2114,6 +2129,7 @@ def test_the_readmes_converters_make_rows():
 
     # Of a chat with two rated answers, the later prompt has the earlier answer.
     chat = [{"role": "system", "content": "Be kind"}, USER, ANSWER, USER, ANSWER]
+    assert make["chat_to_rows"]([ANSWER], ["up"]) == []  # a greeting has no prompt
     rows = make["chat_to_rows"](chat, [None, None, "down", None, "up"])
     assert [row["label"] for row in rows] == [False, True]
     assert [row["prompt"] for row in rows] == [chat[:2], chat[:4]]
