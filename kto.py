@@ -294,7 +294,7 @@ def train(policy, reference, batches, optimizer, first_step=0, **settings):
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began  # cuda may count the update in the next step
         yield {"step": step, **metrics, "grad_norm": norm, "lr": lr, "seconds": seconds}
 
 
@@ -310,7 +310,7 @@ def errors_about(what):
     """Turns an error of a library into an InputError that begins with `what`.
 
     The block holds little more than calls of libraries, on something that the user
-    named. Elsewhere errors are not caught, so that a bug keeps its traceback.
+    named. An error elsewhere stays what it is, so that a bug keeps its traceback.
     """
     try:
         yield
@@ -364,8 +364,9 @@ def read_flags():
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.dtype == "auto":  # older cards emulate bfloat16, more slowly than they use float32
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        config.dtype = "bfloat16" if native and "cuda" in config.device else "float32"
+        on_cuda = "cuda" in config.device
+        native = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        config.dtype = "bfloat16" if native else "float32"
     return config
 
 
@@ -458,8 +459,8 @@ def special_tokens(tokenizer):
     and [INST]."""
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     # A text may have been rendered for another model. Therefore the tags of other
-    # models are found too. The wide bar is that of DeepSeek. Within a text, </s> is a
-    # tag of HTML.
+    # models are found too. The wide bar is that of DeepSeek. </s> counts only at the
+    # end of a text, because elsewhere it may be a tag of HTML.
     of_others = (
         r"<[|｜][^|｜<>\s]{2,}[|｜]>|<\|turn>|<turn\|>|<(?:start|end)_of_(?:turn|utterance)>",
         r"<eos>|</s>\s*$|\[/?INST\]|<</?SYS>>",
@@ -470,9 +471,9 @@ def special_tokens(tokenizer):
 def render(row, tokenizer, special):
     """A row as the model sees it: {"prompt", "completion", "goes_on"}, three texts.
 
-    goes_on is what follows the prompt when the model is asked for a new answer, but is
-    missing before this row's answer. It is usually empty; with some reasoning models
-    it is <think>.
+    goes_on is text that the template writes after the prompt when it asks for an
+    answer, but not before the answer of this row. It is usually empty; with some
+    reasoning models it is <think>.
 
     Without a chat template, the texts of the row stay as they are, and nothing is
     put between prompt and completion. With one, see `render_chat`. `special` is the
@@ -640,13 +641,14 @@ def encode(row, tokenizer, config):
         raise InputError(f"{place}: prompt or completion becomes no token")
 
     # Most chat templates close an answer with a special token. A token is special if
-    # `skip_special_tokens` removes it. EOS is added if there is no template, if the last
-    # token is not special, or if it only stands for unknown letters.
+    # `skip_special_tokens` removes it. If the last token is not EOS already, EOS is added
+    # in three cases: there is no template, the last token is not special, or it only
+    # stands for unknown letters.
     last = y[-1:]
     is_plain = tokenizer.chat_template is None
     is_text = tokenizer.decode(last) == tokenizer.decode(last, skip_special_tokens=True)
     is_unknown = last == [tokenizer.unk_token_id]
-    is_eos = last == [eos]  # in some tokenizers EOS is the unknown token
+    is_eos = last == [eos]  # EOS may be the unknown token too
     if not is_eos and (is_plain or is_text or is_unknown):
         y = y + [eos]
     encoded = {
@@ -727,7 +729,7 @@ def describe(facts, training, held_out, tokenizer, config):
 
     weight_d, weight_u = config.lambda_d * n_d, config.lambda_u * n_u
     if weight_d * weight_u == 0:
-        print("WARNING  only one class has weight: KTO will only imitate it, or only unlearn it")
+        print("WARNING  a class has no rows or no weight: KTO only imitates, or only unlearns")
     else:
         print(f"balance  lambda_D n_D / (lambda_U n_U) = {weight_d / weight_u:.3g}; Eq. 9 wants")
         print(f"         1 to 1.5: --lambda_d {weight_u / n_d:.4g} to {1.5 * weight_u / n_d:.4g}")
@@ -818,8 +820,9 @@ def load_model(config, tokenizer, rows, facts, dtype=torch.float32):
     ends = {*known, *facts.end_token} - {None}
     if ends != set(known):
         generation.eos_token_id = sorted(ends)
-        # transformers does not save a changed generation config that has any fault, not
-        # even an old one. The user must know it now, and not after the training.
+        # transformers refuses to save a changed generation config with a fault, even a
+        # fault that it was loaded with. The user must know it now, and not after the
+        # training.
         with errors_about(f"{name}: mend its generation_config.json, or delete it"):
             generation.validate(strict=True)
     return model
@@ -828,8 +831,7 @@ def load_model(config, tokenizer, rows, facts, dtype=torch.float32):
 def check_model(model, x, y, config):
     """InputError if the model, with weights in float32, cannot score the longest prompt
     x with the longest completion y."""
-    # They may meet as a mismatched pair, and `show_answers` writes up to 64 tokens.
-    # The few tokens of goes_on are neglected.
+    # `show_answers` writes up to 64 tokens. The few tokens of goes_on are neglected.
     length = len(x) + max(len(y), 64)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and length > limit:
@@ -878,8 +880,8 @@ def rehearse(policy, reference, x, y, config):
     """Try the step that needs the most memory, and return the micro_batch_size that
     fits into memory.
 
-    `x` is the longest prompt and `y` is the longest completion. The size begins with
-    --micro_batch_size, or if this is not given with the whole batch on cuda and with 8
+    `x` is the longest prompt and `y` is the longest completion. The first size that is
+    tried is --micro_batch_size. If it is not given, it is the whole batch on cuda, and 8
     elsewhere. On cuda it is halved until a step fits. This changes no result but for
     rounding, because z0 and the loss are means over all rows of a batch. Raises
     InputError if not even one row fits.
@@ -915,9 +917,9 @@ def rehearse(policy, reference, x, y, config):
 
 
 def decisive_settings(config, facts):
-    """What decides the result of a run, so that a resumed run must have the same: these
-    settings, and the rows, as a digest. The other settings change the result by
-    rounding at most."""
+    """The settings that decide the result of a run, and a digest of its rows. A resumed
+    run must have the same. The other settings change the result by rounding at
+    most."""
     names = """model epochs batch_size lr beta lambda_d lambda_u max_prompt_length
         max_completion_length holdout dtype seed"""
     rows = hashlib.sha256(facts[["digest", "label"]].to_csv().encode()).hexdigest()
@@ -1032,18 +1034,17 @@ def run(policy, reference, training, held_out, config, decisive):
     # This is the heading of the lines that `chart` draws.
     print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
     bar = tqdm(initial=step, total=steps, disable=None)
+    # At the top of the loop, `step` steps are done. If `stopped` or `is_epoch_end` is
+    # true, a checkpoint of this very step exists. Only there a signal may end the run.
     while True:
-        # Here `step` steps are done. If an epoch ends here, its checkpoint is saved
-        # already, before the evaluation. So a run that ends during or after this
-        # evaluation does it again when it is resumed, and its line in the log is
-        # replaced.
+        # The checkpoint of the epoch is older than this evaluation. So a run that ends
+        # during or after the evaluation does it again when it is resumed, and its line
+        # in the log is replaced.
         if is_epoch_end and len(held_out) > 1 and not stopped:
             metrics = evaluate(policy, reference, held_out, config.batch_size, **settings)
             print(json.dumps({"step": step, **metrics}), file=log)
             loss, accuracy = metrics["eval_loss"], metrics["eval_accuracy"]
             bar.write(f"held out: loss {loss:.3f}, accuracy {accuracy:.2f}")
-        # After a signal the run ends, but only where a checkpoint of this very step
-        # exists.
         if stopped or (is_epoch_end and signals):
             raise SystemExit(128 + signals[0])
         if step == steps:
@@ -1061,10 +1062,8 @@ def run(policy, reference, training, held_out, config, decisive):
         if metrics["step"] % math.ceil(steps / 16) == 0:
             bar.write(chart(metrics, config.beta))
 
-        # The signals are looked at once in each step, before the checkpoint is saved. So
-        # where `stopped` is true, a checkpoint of this step exists. A signal that comes
-        # later waits for the end of the next step, or, at the end of an epoch, for the
-        # end of the evaluation.
+        # A signal that comes after this look at `signals` waits for the end of the next
+        # step, or, at the end of an epoch, for the end of the evaluation.
         stopped = bool(signals)
         is_epoch_end = step % per_epoch == 0
         is_due = config.save_every > 0 and step % config.save_every == 0
@@ -1123,9 +1122,11 @@ def show_answers(policy, reference, tokenizer, rows):
         print("\n" + tokenizer.decode(prompt, skip_special_tokens=True))
         asked = prompt + tokenizer(goes_on, add_special_tokens=False).input_ids
         ids = torch.tensor([asked], device=policy.device)
+        mask = torch.ones_like(ids)  # without one, tokens like the padding would be left out
         for name, model in (("before", reference), ("after", policy)):
-            answer = model.generate(ids, max_new_tokens=64, do_sample=False)[0, len(asked) :]
-            print(f"  {name:6} {tokenizer.decode(answer, skip_special_tokens=True).strip()}")
+            generated = model.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False)
+            answer = tokenizer.decode(generated[0, len(asked) :], skip_special_tokens=True)
+            print(f"  {name:6} {answer.strip()}")
 
 
 def main(models):
@@ -1150,6 +1151,8 @@ def main(models):
         training, held_out = shuffled.skip(count), shuffled.take(count)
         describe(facts, training, held_out, tokenizer, config)
 
+        # The longest prompt and the longest completion, after they were cut. They are
+        # usually of two rows, but may meet as a mismatched pair.
         x = rows[int(facts.prompt_tokens.argmax())]["prompt"]
         y = rows[int(facts.completion_tokens.argmax())]["completion"]
         policy, reference = models(config, tokenizer, training, facts, x, y)

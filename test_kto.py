@@ -1008,8 +1008,8 @@ def test_a_file_whose_rows_fill_no_batch_is_refused(shown):
         ("Abcdefghijk", "", "= 0.1;.*\n.*--lambda_d 10 to 15\n"),  # the example of §4.2
         # 4 / (0.5 * 5) = 1.6. The weight is 0.5 * 5 / 4 = 0.625, or half more.
         ("ABCDefghi", "--lambda_u 0.5", "= 1.6;.*\n.*--lambda_d 0.625 to 0.9375\n"),
-        ("abcd", "", "WARNING  only one class"),
-        ("AbcD", "--lambda_u 0", "WARNING  only one class"),  # the other weighs nothing
+        ("abcd", "", "WARNING  a class has no rows"),
+        ("AbcD", "--lambda_u 0", "WARNING  a class has no rows or no weight"),
     ],
 )
 def test_unequal_classes_get_the_weight_of_eq_9_and_one_alone_a_warning(
@@ -1555,14 +1555,15 @@ def test_a_run_shows_size_chart_metrics_and_three_answers_before_and_after(small
 def test_answers_are_asked_for_as_at_inference():
     tokenizer, asked = byte_tokenizer(), []
 
-    def generate(ids, **settings):
+    def generate(ids, attention_mask, **settings):
+        assert attention_mask.shape == ids.shape and attention_mask.all()
         asked.append(tokenizer.decode(ids[0]))
         return ids
 
     model = mock.Mock(device="cpu", generate=generate)
-    rows = {"prompt": [tokenizer.encode("Hi")], "goes_on": ["<think>"]}
+    rows = {"prompt": [tokenizer.encode("<pad>Hi")], "goes_on": ["<think>"]}
     kto.show_answers(model, model, tokenizer, rows)
-    assert asked == ["Hi<think>"] * 2
+    assert asked == ["<pad>Hi<think>"] * 2
 
 
 def test_an_output_that_is_in_use_is_refused(whole, stopped, refused):
