@@ -593,19 +593,15 @@ def tokenise(texts, tokenizer):
     }
 
 
-def encode(row, tokenizer, config):
-    """Turn one row, with the texts of `render` and the ids of `tokenise`, into token
-    ids and facts.
+def part(row, tokenizer, place):
+    """Part the token ids of a row into those of prompt and completion: (x, y, goes_on).
 
-    The ids are those of the prompt, and those of the completion with an end token.
-    Both are then cut to their maximal lengths. The facts are the two lengths before
-    the cut, the end token, the highest id, goes_on, and a digest of all but goes_on
-    and the label, by which equal answers to equal prompts are found. Raises
-    InputError if prompt or completion has no token, or if they cannot be parted.
+    `row` has the texts of `render` and the ids of `tokenise`. `place` is for the
+    InputError that is raised if prompt or completion has no token, or if they cannot
+    be parted.
     """
-    x, joined, eos = row["x"], row["joined"], tokenizer.eos_token_id
-    place = f"{config.data}:{row['line']}"
-    if tokenizer.chat_template is None and x[-1:] == [eos]:
+    x, joined, goes_on = row["x"], row["joined"], row["goes_on"]
+    if tokenizer.chat_template is None and x[-1:] == [tokenizer.eos_token_id]:
         x = x[:-1]  # some tokenizers end every text with EOS
 
     # Usually the ids of the joined text begin with x, and y is the rest of them. (y is
@@ -618,7 +614,6 @@ def encode(row, tokenizer, config):
     # x move to goes_on until the joined ids begin with x. For example, where one
     # rendering goes on with <think> and the other with </think>, the prompt of
     # `render_chat` ends with a lone "<", half of a token.
-    goes_on = row["goes_on"]
     while goes_on and joined[: len(x)] != x:
         goes_on = tokenizer.decode(x[-1:]) + goes_on
         x = x[:-1]
@@ -639,18 +634,37 @@ def encode(row, tokenizer, config):
             )
     if not x or not y:
         raise InputError(f"{place}: prompt or completion becomes no token")
+    return x, y, goes_on
 
-    # Most chat templates close an answer with a special token. A token is special if
-    # `skip_special_tokens` removes it. If the last token is not EOS already, EOS is added
-    # in three cases: there is no template, the last token is not special, or it only
-    # stands for unknown letters.
-    last = y[-1:]
+
+def closed(y, tokenizer):
+    """The ids y of a completion, with an end token.
+
+    Most chat templates close an answer with a special token. A token is special if
+    `skip_special_tokens` removes it. If the last token is not EOS already, EOS is added
+    in three cases: there is no template, the last token is not special, or it only
+    stands for unknown letters.
+    """
+    last, eos = y[-1:], [tokenizer.eos_token_id]
     is_plain = tokenizer.chat_template is None
     is_text = tokenizer.decode(last) == tokenizer.decode(last, skip_special_tokens=True)
     is_unknown = last == [tokenizer.unk_token_id]
-    is_eos = last == [eos]  # EOS may be the unknown token too
-    if not is_eos and (is_plain or is_text or is_unknown):
-        y = y + [eos]
+    if last != eos and (is_plain or is_text or is_unknown):
+        return y + eos
+    return y
+
+
+def encode(row, tokenizer, config):
+    """Turn one row, with the texts of `render` and the ids of `tokenise`, into token
+    ids and facts, or raise InputError.
+
+    The ids are those of the prompt, and those of the completion with an end token.
+    Both are cut to their maximal lengths. The facts are the two lengths before the
+    cut, the end token, the highest id, goes_on, and a digest of all but goes_on and the
+    label, by which equal answers to equal prompts are found.
+    """
+    x, y, goes_on = part(row, tokenizer, f"{config.data}:{row['line']}")
+    y = closed(y, tokenizer)
     encoded = {
         "prompt": x[-config.max_prompt_length :],
         "completion": y[: config.max_completion_length],
