@@ -74,7 +74,7 @@ def kto_loss(policy_logps, reference_logps, z0, desirable, beta=0.1, lambda_d=1.
     `policy_logps` and `reference_logps` are tensors (B,): log pi(y|x) of each row,
     in nats. `z0` is the scalar that `reference_point` returns. `desirable` is a bool
     tensor (B,), True for a desirable row; any mix of the classes is allowed. A
-    tensor of ints raises RuntimeError.
+    tensor of int64 raises RuntimeError.
     """
     r = policy_logps - reference_logps  # (B,)
     v_desirable = lambda_d * torch.sigmoid(beta * (r - z0))  # (B,)
@@ -97,8 +97,8 @@ def reference_point(policy_next_logps, reference_next_logps):
     - Why mismatched pairs: z0 is about answers in general, but a row's own y is in
       the data because it is good or bad for x. So the rows exchange their
       completions. From the rows (x1, y1) and (x2, y2), z0 uses the pairs (x1, y2)
-      and (x2, y1). This is biased. The KL itself would need answers that are sampled
-      from the policy, which is slow.
+      and (x2, y1). The estimate is biased. One that is not would need answers that are
+      sampled from the policy, which is slow.
     - Why the mean over all m rows of a step: the number of rows that fit into memory
       at once must not change the result.
     - Why the clamp: a KL divergence is never negative, but its estimate from m pairs
@@ -220,10 +220,10 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     # 4. Reference point: from the m mismatched pairs.
     z0 = reference_point(policy_next_logps, reference_next_logps)  # ()
 
-    # The fourth score of step 3 is made here, with gradient, and then 5, the loss,
-    # which needs z0. Each micro-batch runs its backward pass before the next one is
-    # scored, so that only one of them is in memory. The sum of their gradients is
-    # the gradient of the mean loss.
+    # 5. Loss, together with the fourth score of step 3, which is made with gradient.
+    # Each micro-batch runs its backward pass before the next one is scored, so that
+    # only one of them is in memory. The sum of their gradients is the gradient of the
+    # mean loss.
     policy_logps = torch.zeros_like(reference_logps)  # (m,)
     losses = torch.zeros_like(reference_logps)  # (m,)
     for index, x, y in micro_batches(prompts, completions, micro_batch_size):
@@ -294,7 +294,7 @@ def train(policy, reference, batches, optimizer, first_step=0, **settings):
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - began  # cuda may count the update in the next step
+        seconds = time.perf_counter() - began  # on cuda the update may go on after this
         yield {"step": step, **metrics, "grad_norm": norm, "lr": lr, "seconds": seconds}
 
 
@@ -363,7 +363,7 @@ def read_flags():
     config.lr = config.lr or (5e-4 if config.model == "tiny" else 5e-6)
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.dtype == "auto":  # older cards emulate bfloat16, more slowly than they use float32
+    if config.dtype == "auto":  # older cards only emulate bfloat16, which is slower than float32
         on_cuda = "cuda" in config.device
         native = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         config.dtype = "bfloat16" if native else "float32"
@@ -378,8 +378,8 @@ each row on a line of its own, without brackets and commas around it. Write a pr
 two rows."""
 
 # Columns of a row, and keys of a message, that are meant to change what is trained.
-# This file cannot use them, so it refuses them. Other columns are ignored, and named
-# before the training. Here systemprompt stands for system_prompt and systemPrompt too.
+# This file cannot use them, so it refuses them. Other columns are ignored, and
+# `describe` prints their names. Here systemprompt stands for system_prompt and systemPrompt too.
 NOT_SUPPORTED = """
     system systemprompt systemmessage instruction instructions input context history
     documents tools functions toolcalls toolinvocations functioncall chattemplatekwargs
@@ -471,9 +471,9 @@ def special_tokens(tokenizer):
 def render(row, tokenizer, special):
     """A row as the model sees it: {"prompt", "completion", "goes_on"}, three texts.
 
-    goes_on is text that the template writes after the prompt when it asks for an
-    answer, but not before the answer of this row. It is usually empty; with some
-    reasoning models it is <think>.
+    goes_on is what the model reads after the prompt at inference, but not in training:
+    the template writes it when it asks for an answer, and leaves it out when the answer
+    of this row follows. It is usually empty; with some reasoning models it is <think>.
 
     Without a chat template, the texts of the row stay as they are, and nothing is
     put between prompt and completion. With one, see `render_chat`. `special` is the
@@ -593,12 +593,12 @@ def tokenise(texts, tokenizer):
     }
 
 
-def part(row, tokenizer, place):
-    """Part the token ids of a row into those of prompt and completion: (x, y, goes_on).
+def split_ids(row, tokenizer, place):
+    """Split the token ids of a row into those of prompt and completion: (x, y, goes_on).
 
     `row` has the texts of `render` and the ids of `tokenise`. `place` is for the
     InputError that is raised if prompt or completion has no token, or if they cannot
-    be parted.
+    be split.
     """
     x, joined, goes_on = row["x"], row["joined"], row["goes_on"]
     if tokenizer.chat_template is None and x[-1:] == [tokenizer.eos_token_id]:
@@ -663,7 +663,7 @@ def encode(row, tokenizer, config):
     cut, the end token, the highest id, goes_on, and a digest of all but goes_on and the
     label, by which equal answers to equal prompts are found.
     """
-    x, y, goes_on = part(row, tokenizer, f"{config.data}:{row['line']}")
+    x, y, goes_on = split_ids(row, tokenizer, f"{config.data}:{row['line']}")
     y = closed(y, tokenizer)
     encoded = {
         "prompt": x[-config.max_prompt_length :],
@@ -690,7 +690,7 @@ def load_rows(config, tokenizer, folder):
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__  # what went wrong in read_rows
 
-    def encode_many(batch):  # a thousand rows, as columns; pandas makes rows of them, and back
+    def encode_many(batch):  # `map` gives and takes columns, and pandas turns them into rows
         with errors_about(f"--model {config.model}: its tokenizer cannot encode --data"):
             ids = tokenise(batch, tokenizer)
         columns = pandas.DataFrame(dict(batch) | ids)
@@ -834,8 +834,8 @@ def load_model(config, tokenizer, rows, facts, dtype=torch.float32):
     ends = {*known, *facts.end_token} - {None}
     if ends != set(known):
         generation.eos_token_id = sorted(ends)
-        # transformers refuses to save a changed generation config with a fault, even a
-        # fault that it was loaded with. The user must know it now, and not after the
+        # Some generation configs have a fault. Once such a config has been changed,
+        # transformers refuses to save it. The user must know it now, and not after the
         # training.
         with errors_about(f"{name}: mend its generation_config.json, or delete it"):
             generation.validate(strict=True)
@@ -1011,7 +1011,7 @@ def start_or_resume(config, checkpoint, parts, decisive):
     if config.resume and checkpoint.exists():
         step, log_size = load_checkpoint(checkpoint, parts, decisive)
     else:
-        checkpoint.unlink(missing_ok=True)  # an earlier demo that was stopped may have left one
+        checkpoint.unlink(missing_ok=True)  # of a demo: `check_places` refuses any other
     config.output.mkdir(parents=True, exist_ok=True)
     log = open(config.output / "metrics.jsonl", "a", buffering=1)
     log.truncate(min(log.tell(), log_size))  # min: truncate would fill up a shorter log with zeros
@@ -1051,9 +1051,8 @@ def run(policy, reference, training, held_out, config, decisive):
     # At the top of the loop, `step` steps are done. If `stopped` or `is_epoch_end` is
     # true, a checkpoint of this very step exists. Only there a signal may end the run.
     while True:
-        # The checkpoint of the epoch is older than this evaluation. So a run that ends
-        # during or after the evaluation does it again when it is resumed, and its line
-        # in the log is replaced.
+        # The checkpoint of the epoch is older than this evaluation. So a run that resumes
+        # from it does the evaluation again, and the line in the log is replaced.
         if is_epoch_end and len(held_out) > 1 and not stopped:
             metrics = evaluate(policy, reference, held_out, config.batch_size, **settings)
             print(json.dumps({"step": step, **metrics}), file=log)
