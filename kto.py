@@ -37,7 +37,7 @@ pass.
 Shapes: m rows per step, B rows per call of a model, T tokens per row with padding,
 N tokens that are scored, H hidden size, V vocabulary.
 
-  python kto.py                                      the demo: offline, a minute
+  python kto.py                                      the demo: offline, half a minute
   python kto.py --model NAME_OR_FOLDER --data FILE.jsonl --output FOLDER
 """
 
@@ -732,7 +732,7 @@ def describe(facts, training, held_out, tokenizer, config):
     print(f"labels   {has_both_labels.sum()} answers have both labels")
     print(f"         {facts.repeats.sum()} completions begin with their whole prompt")
     not_used = sorted(set("\n".join(facts.not_used).split("\n")) - {""})
-    print(f"columns  {len(not_used)} not used: {', '.join(not_used)}")
+    print(f"columns  not used: {', '.join(not_used) or 'none'}")
 
     cut_x = facts.prompt_tokens > config.max_prompt_length
     cut_y = facts.completion_tokens > config.max_completion_length

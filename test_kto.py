@@ -952,7 +952,7 @@ def test_each_row_is_trained_on_or_held_out_as_the_seed_decides_and_counted(show
     assert f"n_D = {good} desirable and n_U = {9 - good} undesirable" in printed
     assert f"4 rows held out, {8 - good} of them desirable" in printed
     assert "2 an epoch; 1 rows are left over" in printed
-    assert "0 answers have both labels" in printed and "columns  0 not used" in printed
+    assert "0 answers have both labels" in printed and "columns  not used: none\n" in printed
 
     assert shown(letters, flags)[2].to_dict() == held_out.to_dict()
     assert shown(letters, flags + " --seed 1")[2].to_dict() != held_out.to_dict()
@@ -970,7 +970,7 @@ def test_answers_with_both_labels_are_counted_and_columns_that_are_not_used_are_
     scored, rated = ("a", "b", True, 0.5), ("a", "b", False, 0.5, 7)
     printed = shown([scored, rated, scored, rated, ("c", "b", True), ("a", "c", True)])[0]
     assert "1 answers have both labels" in printed
-    assert "columns  2 not used: id, score\n" in printed
+    assert "columns  not used: id, score\n" in printed
 
 
 def test_what_is_cut_is_counted_with_a_warning_if_most_answers_lose_their_end(shown):
@@ -2104,14 +2104,18 @@ def test_the_readmes_reference_without_adapter_is_the_base_model():
     # With any adapter, a step is that with the base model as the reference, which is tried
     # without computing the layers again in the backward pass.
     add_noise(torch.nn.ParameterList(adapter), std=0.1, seed=4)
-    steps, gradients = [], []
+    steps, gradients, answers = [], [], []
     for model in (reference, base):
         steps.append(kto.kto_step(policy, model, batch, micro_batch_size=2))
         gradients.append(gradient_of(policy))
         policy.zero_grad()
-        policy.gradient_checkpointing_disable()
+        for answering in (policy, model):
+            answers.append(answering.generate(tensor([PROMPTS[0]]), max_new_tokens=9, min_length=9))
+        policy.activation_checkpointing_disable()
+        policy.generation_config.use_cache = True
     assert_close(*steps)
     assert_close(*gradients)
+    assert_close(answers[:2], answers[2:])
     assert sum(gradient is not None for gradient in gradients[0]) == len(adapter)
 
 

@@ -75,7 +75,7 @@ def bytes_of_a_token_in_a_layer(name, lora):
         model = build(name, "cpu", layers, vocabulary=64, dtype=torch.bfloat16 if lora else None)
         if lora:
             model = SCRIPT["add_lora"](model)[0]
-            model.gradient_checkpointing_disable()  # now one layer keeps all
+            model.activation_checkpointing_disable()  # now one layer keeps all
         with_64 = kept_bytes(model, 64, autocast=not lora)
         grows.append(with_64 - kept_bytes(model, 32, autocast=not lora))
     return (grows[1] - grows[0]) / 32
