@@ -2134,7 +2134,9 @@ def test_the_readmes_converters_make_rows():
 
     # Of a chat with two rated answers, the later prompt has the earlier answer.
     chat = [{"role": "system", "content": "Be kind"}, USER, ANSWER, USER, ANSWER]
-    assert make["chat_to_rows"]([ANSWER], ["up"]) == []  # a greeting has no prompt
+    assert (
+        make["chat_to_rows"]([USER | {"role": "system"}, ANSWER], [None, "up"]) == []
+    )  # a greeting
     rows = make["chat_to_rows"](chat, [None, None, "down", None, "up"])
     assert [row["label"] for row in rows] == [False, True]
     assert [row["prompt"] for row in rows] == [chat[:2], chat[:4]]
