@@ -1926,15 +1926,14 @@ def learned(name, wrong, seed, asked=2048, answers=1):
     return success(policy, seed)
 
 
-def unequal(seed, weigh):
+def unequal(seed, weigh, beta=0.5):
     """(sampled, greedy) of KTO where one row is desirable for nine that are not.
 
-    A larger beta saturates sooner, so that less depends on the weight: at beta 1,
-    0.80 to 0.90 of the sampled answers are right without it and 0.98 with it.
+    A larger beta saturates sooner, so that less depends on the weight.
     """
     good, bad = by_label(feedback(seed))
     rows = good[: len(bad) // 9] + bad  # about 150 + 1,330
-    policy = train(rows, seed, kto_batch, shuffled, 0.5, 2e-3, 2, lambda_d=weigh(rows))
+    policy = train(rows, seed, kto_batch, shuffled, beta, 2e-3, 2, lambda_d=weigh(rows))
     return success(policy, seed)
 
 
@@ -2134,9 +2133,8 @@ def test_the_readmes_converters_make_rows():
 
     # Of a chat with two rated answers, the later prompt has the earlier answer.
     chat = [{"role": "system", "content": "Be kind"}, USER, ANSWER, USER, ANSWER]
-    assert (
-        make["chat_to_rows"]([USER | {"role": "system"}, ANSWER], [None, "up"]) == []
-    )  # a greeting
+    greeting = [USER | {"role": "system"}, ANSWER]
+    assert make["chat_to_rows"](greeting, [None, "up"]) == []
     rows = make["chat_to_rows"](chat, [None, None, "down", None, "up"])
     assert [row["label"] for row in rows] == [False, True]
     assert [row["prompt"] for row in rows] == [chat[:2], chat[:4]]
@@ -2266,8 +2264,9 @@ def miniature():
         print(f"    best of {method[2]} settings (beta, learning rate, passes): {method[3]}")
 
     print("\none desirable row for nine       sampled   greedy")
-    report("KTO, lambda_d of Eq. 9", unequal, weigh=weight_of_eq_9)
-    report("KTO, lambda_d = 1", unequal, weigh=no_weight)
+    for beta in (0.5, 1.0):
+        report(f"beta {beta}, lambda_d of Eq. 9", unequal, weigh=weight_of_eq_9, beta=beta)
+        report(f"beta {beta}, lambda_d = 1", unequal, weigh=no_weight, beta=beta)
 
     print("\nall completions grow likelier    sampled   greedy   margin in nats")
     report("KTO", likelier, point=kto.reference_point)
