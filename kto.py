@@ -91,14 +91,15 @@ def reference_point(policy_next_logps, reference_next_logps):
     are not the log-probabilities that `kto_loss` takes: with those, z0 would be the
     mean reward.
 
-    What z0 is for: a reward r is good or bad only in comparison. If the policy made
-    every completion more likely, good or bad, r and z0 would rise together and no
-    value would be gained.
+    What z0 is for: a reward r is good or bad only in comparison, here with the KL,
+    which is the mean of r over the policy's own answers. If the policy made every
+    completion more likely, good or bad, r and z0 would rise together and no value would
+    be gained.
     - Why mismatched pairs: z0 is about answers in general, but a row's own y is in
       the data because it is good or bad for x. So the rows exchange their
       completions. From the rows (x1, y1) and (x2, y2), z0 uses the pairs (x1, y2)
-      and (x2, y1). The estimate is biased. One that is not would need answers that are
-      sampled from the policy, which is slow.
+      and (x2, y1). The estimate is biased. One that is not would need the policy's own
+      answers, and sampling them is slow.
     - Why the mean over all m rows of a step: the number of rows that fit into memory
       at once must not change the result.
     - Why the clamp: a KL divergence is never negative, but its estimate from m pairs
