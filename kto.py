@@ -821,6 +821,8 @@ def load_model(config, tokenizer, rows, facts, dtype=torch.float32):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=dtype, output_loading_info=True
         )
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise InputError(f"{name} is an adapter: merge it first, as the README does")
     if info["missing_keys"]:
         raise InputError(f"{name} lacks the weights {sorted(info['missing_keys'])}")
     if facts.highest_id.max() >= model.get_input_embeddings().num_embeddings:
@@ -931,14 +933,16 @@ def rehearse(policy, reference, x, y, config):
 # ---- The run ----------------------------------------------------------------------
 
 
-def decisive_settings(config, facts):
-    """The settings that decide the result of a run, and a digest of its rows. A resumed
-    run must have the same. The other settings change the result by rounding at
-    most."""
-    names = """model epochs batch_size lr beta lambda_d lambda_u max_prompt_length
+def decisive_settings(config, facts, policy):
+    """The settings that decide the result of a run, and digests of its rows and of the
+    policy's first weights. A resumed run must have the same. The other settings change
+    the result by rounding at most."""
+    names = """epochs batch_size lr beta lambda_d lambda_u max_prompt_length
         max_completion_length holdout dtype seed"""
     rows = hashlib.sha256(facts[["digest", "label"]].to_csv().encode()).hexdigest()
-    return {name: getattr(config, name) for name in names.split()} | {"rows": rows}
+    weights = sum(torch.hash_tensor(weight).item() for weight in policy.parameters())
+    settings = {name: getattr(config, name) for name in names.split()}
+    return settings | {"rows": rows, "weights": weights}
 
 
 def save_checkpoint(path, parts, **others):
@@ -949,7 +953,7 @@ def save_checkpoint(path, parts, **others):
     """
     state = {name: part.state_dict() for name, part in parts.items()}
     partial = path.with_suffix(".partial")
-    with errors_about(f"{partial} cannot be written"):
+    with errors_about(f"{partial} cannot be written, perhaps because the disk is full"):
         torch.save(state | others, partial)
         partial.replace(path)
 
@@ -968,6 +972,8 @@ def load_checkpoint(path, parts, decisive):
                 "--resume: the rows are not the same: --data or the tokenizer has changed, "
                 "or the chat template writes the date"
             )
+        if name == "weights":
+            raise InputError("--resume: the weights that --model has are not those of before")
         raise InputError(f"--resume: {name} was {earlier.get(name)}, and now it is {value}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
@@ -993,9 +999,10 @@ def note_signals():
 
     def note(number, frame):
         signals.append(number)
-        os.write(2, b"\nThe run saves after this step and ends. A second signal ends it now.\n")
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # in "kto.py 2>&1 | tee FILE", Ctrl-C ends tee too
+            os.write(2, b"\nThe run saves after this step and ends. A second signal ends it now.\n")
 
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, note)
@@ -1071,10 +1078,6 @@ def run(policy, reference, training, held_out, config, decisive):
         schedule.step()
         step += 1
         print(json.dumps(metrics), file=log)
-        bar.update()
-        bar.set_postfix({name: metrics[name] for name in ("loss", "z0", "margin")})
-        if metrics["step"] % math.ceil(steps / 16) == 0:
-            bar.write(chart(metrics, config.beta))
 
         # A signal that comes after this look at `signals` waits for the end of the next
         # step, or, at the end of an epoch, for the end of the evaluation.
@@ -1083,6 +1086,12 @@ def run(policy, reference, training, held_out, config, decisive):
         is_due = config.save_every > 0 and step % config.save_every == 0
         if stopped or is_epoch_end or is_due:
             save_checkpoint(checkpoint, parts, step=step, log=log.tell(), decisive=decisive)
+
+        # What is shown comes after what is saved, because its reader may have gone.
+        bar.update()
+        bar.set_postfix({name: metrics[name] for name in ("loss", "z0", "margin")})
+        if metrics["step"] % math.ceil(steps / 16) == 0:
+            bar.write(chart(metrics, config.beta))
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here a signal ends it at once
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1174,7 +1183,7 @@ def main(models):
         print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}")
         print(f"memory   {config.micro_batch_size} rows fit, the longest were tried")
 
-        decisive = decisive_settings(config, facts)
+        decisive = decisive_settings(config, facts, policy)
         checkpoint = config.output / "checkpoint.pt"
         try:
             run(policy, reference, training, held_out, config, decisive)
@@ -1182,6 +1191,7 @@ def main(models):
                 policy.save_pretrained(config.output)
                 tokenizer.save_pretrained(config.output)
             checkpoint.unlink()
+            print(f"\nThe result is saved in {config.output}.")
         finally:  # also if the run was stopped, or ends with an error
             if checkpoint.exists():
                 print(f"\nThe last checkpoint is {checkpoint}. Unless an error below says")

@@ -1333,8 +1333,13 @@ def test_a_checkpoint_is_kept_each_epoch_and_every_few_steps_and_outlives_a_kill
     assert_same_result(tmp_path, whole)
 
 
-def test_what_decides_the_result_may_not_differ_when_a_run_goes_on(stopped, refused, tmp_path):
+def test_what_decides_the_result_may_not_differ_when_a_run_goes_on(
+    small, stopped, refused, tmp_path
+):
     before = contents(stopped)
+    model = shutil.copytree(small / "model", tmp_path / "model")
+    add_noise(load(model), std=0.1, seed=0).save_pretrained(model)
+    assert "--resume: the weights" in refused(stopped, f"--resume --model {model}")
     assert "beta was 0.3, and now it is 0.2" in refused(stopped, "--resume --beta 0.2")
     assert str(stopped / "checkpoint.pt") in refused.stdout
     for other in (("Say 23→", "nononono", True), ("Say 23→", "no", False)):  # label, text
@@ -1343,8 +1348,8 @@ def test_what_decides_the_result_may_not_differ_when_a_run_goes_on(stopped, refu
     assert contents(stopped) == before
 
     decisive = torch.load(stopped / "checkpoint.pt")["decisive"]
-    free = {"data", "output", "device", "micro_batch_size", "save_every", "resume"}
-    assert decisive.keys() == vars(kto.Config()).keys() - free | {"rows"}
+    free = {"model", "data", "output", "device", "micro_batch_size", "save_every", "resume"}
+    assert decisive.keys() == vars(kto.Config()).keys() - free | {"weights", "rows"}
 
 
 def test_resume_without_a_checkpoint_starts_and_of_a_finished_model_is_refused(
@@ -1484,13 +1489,23 @@ def test_a_run_that_is_stopped_saves_at_once_and_goes_on_to_the_same_bits(
     # Places may change. If the policy of the checkpoint became the reference, the
     # rewards would start at 0 again.
     moved = shutil.copytree(output, tmp_path / "moved")
+    model = shutil.copytree(small / "model", tmp_path / "model")
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
-    start(small, moved, f"--resume --data {data} --save_every 4 --micro_batch_size 4")
+    places = f"--model {model} --data {data}"
+    start(small, moved, f"--resume {places} --save_every 4 --micro_batch_size 4")
     assert_same_result(moved, whole)
 
     # No step was done twice: the log begins with the same seconds.
     seconds = (output / "metrics.jsonl").read_text()
     assert (moved / "metrics.jsonl").read_text().startswith(seconds)
+
+
+def test_a_signal_saves_before_anything_is_shown_to_a_reader_who_may_have_gone(small, tmp_path):
+    seen = []
+    with mock.patch("os.write", side_effect=BrokenPipeError), mock.patch("kto.tqdm") as bar:
+        bar().update.side_effect = lambda: seen.append((tmp_path / "checkpoint.pt").exists())
+        stop_in_step(1, signal.SIGINT, small, tmp_path)
+    assert seen == [False, True]
 
 
 @pytest.mark.parametrize("name", ["render", "encode", "score", "rehearse", "chart", "evaluate"])
@@ -2190,7 +2205,7 @@ def test_the_readmes_script_trains_an_adapter_with_trl_evaluates_and_saves(tmp_p
     assert (output / "adapter_model.safetensors").exists()
 
 
-def test_the_readmes_script_trains_an_adapter_that_can_be_merged(tmp_path):
+def test_the_readmes_script_trains_an_adapter_that_can_be_merged(tmp_path, monkeypatch):
     pytest.importorskip("peft", reason="needs: pip install peft==0.21.2")
     flags = "--model model --data rows.jsonl --output adapter --batch_size 16 --lr 1e-3"
     printed = run_of_the_readmes_script("kto_with_lora.py", tmp_path, flags)
@@ -2214,6 +2229,11 @@ def test_the_readmes_script_trains_an_adapter_that_can_be_merged(tmp_path):
     assert before.state_dict().keys() == after.state_dict().keys()
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(before.state_dict()[name], after.state_dict()[name])
+
+    # The adapter itself is no --model: a run would train another one beside it.
+    monkeypatch.chdir(tmp_path)
+    with input_error("--model adapter is an adapter"):
+        kto.load_model(kto.Config(model="adapter"), None, None, None)
 
 
 def test_the_readmes_lines_for_a_finished_model_run(tmp_path, monkeypatch, capsys):
