@@ -59,7 +59,6 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
-import pandas
 import torch
 import transformers
 from tqdm import tqdm
@@ -292,11 +291,15 @@ def train(policy, reference, batches, optimizer, first_step=0, **settings):
             raise FloatingPointError(
                 f"step {step}: the gradient's norm is {norm}: start anew with a lower lr"
             )
-        lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - began  # on cuda the update may go on after this
-        yield {"step": step, **metrics, "grad_norm": norm, "lr": lr, "seconds": seconds}
+        yield {
+            "step": step,
+            **metrics,
+            "grad_norm": norm,
+            "lr": optimizer.param_groups[0]["lr"],
+            "seconds": time.perf_counter() - began,  # on cuda the update may go on after this
+        }
 
 
 # ==== Part two: what a run needs besides. You may stop here: the method is complete.
@@ -365,9 +368,9 @@ def read_flags():
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.dtype == "auto":  # older cards only emulate bfloat16, which is slower than float32
-        on_cuda = "cuda" in config.device
-        native = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        config.dtype = "bfloat16" if native else "float32"
+        config.dtype = "float32"
+        if "cuda" in config.device and torch.cuda.is_bf16_supported(including_emulation=False):
+            config.dtype = "bfloat16"
     return config
 
 
@@ -401,7 +404,7 @@ def parse_row(line):
     """One line of JSONL, as bytes -> a dict with prompt, completion and label, or
     InputError."""
     try:
-        row = json.loads(line.decode("utf-8-sig").rstrip())
+        row = json.loads(line.rstrip())
         # This raises ValueError if a text has half a letter, such as "\ud800" alone.
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -661,8 +664,8 @@ def encode(row, tokenizer, config):
 
     The ids are those of the prompt, and those of the completion with an end token.
     Both are cut to their maximal lengths. The facts are the two lengths before the
-    cut, the end token, the highest id, goes_on, and a digest of all but goes_on and the
-    label, by which equal answers to equal prompts are found.
+    cut, the end token, the highest id, goes_on, and a digest of all but the label, by
+    which equal answers to equal prompts are found.
     """
     x, y, goes_on = split_ids(row, tokenizer, f"{config.data}:{row['line']}")
     y = closed(y, tokenizer)
@@ -673,9 +676,10 @@ def encode(row, tokenizer, config):
         "completion_tokens": len(y),
         "end_token": y[-1],
         "highest_id": max(x + y),
+        "goes_on": goes_on,
     }
-    digest = hashlib.sha256(str(encoded).encode()).hexdigest()
-    return encoded | {"goes_on": goes_on, "digest": digest[:16]}
+    encoded["digest"] = hashlib.sha256(str(encoded).encode()).hexdigest()
+    return encoded
 
 
 def load_rows(config, tokenizer, folder):
@@ -691,16 +695,14 @@ def load_rows(config, tokenizer, folder):
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__  # what went wrong in read_rows
 
-    def encode_many(batch):  # `map` gives and takes columns, and pandas turns them into rows
-        with errors_about(f"--model {config.model}: its tokenizer cannot encode --data"):
-            ids = tokenise(batch, tokenizer)
-        columns = pandas.DataFrame(dict(batch) | ids)
-        rows = [encode(row, tokenizer, config) for row in columns.to_dict("records")]
-        return pandas.DataFrame(rows).to_dict("list")
+    settings = {"tokenizer": tokenizer}
+    with errors_about(f"--model {config.model}: its tokenizer cannot encode --data"):
+        rows = texts.map(tokenise, batched=True, fn_kwargs=settings)
 
     # What `encode` returns replaces prompt, completion and goes_on, and is added to
-    # the other columns of `read_rows`.
-    return texts.map(encode_many, batched=True)
+    # the other columns.
+    settings["config"] = config
+    return rows.map(encode, fn_kwargs=settings, remove_columns=["x", "joined"])
 
 
 def training_batches(rows, config, first_step):
@@ -722,18 +724,18 @@ def describe(facts, training, held_out, tokenizer, config):
     `facts` is a pandas table with a line for each row of the file, those that are
     held out included.
     """
-    n_d = sum(training["label"][:])
+    n_d = sum(training["label"])
     n_u = len(training) - n_d
     steps, left_over = divmod(len(training), config.batch_size)
     print(f"rows     n_D = {n_d} desirable and n_U = {n_u} undesirable rows to train on")
-    print(f"         {len(held_out)} rows held out, {sum(held_out['label'][:])} of them desirable")
+    print(f"         {len(held_out)} rows held out, {sum(held_out['label'])} of them desirable")
     print(f"steps    {steps} an epoch; {left_over} rows are left over in each")
 
     has_both_labels = facts.groupby("digest").label.nunique() == 2
     print(f"labels   {has_both_labels.sum()} answers have both labels")
     print(f"         {facts.repeats.sum()} completions begin with their whole prompt")
-    not_used = sorted(set("\n".join(facts.not_used).split("\n")) - {""})
-    print(f"columns  not used: {', '.join(not_used) or 'none'}")
+    not_used = sorted(set("\n".join(facts.not_used).split("\n")) - {""}) or ["none"]
+    print(f"columns  not used: {', '.join(not_used)}")
 
     cut_x = facts.prompt_tokens > config.max_prompt_length
     cut_y = facts.completion_tokens > config.max_completion_length
@@ -821,7 +823,7 @@ def load_model(config, tokenizer, rows, facts, dtype=torch.float32):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=dtype, output_loading_info=True
         )
-    if not any(weight.requires_grad for weight in model.parameters()):
+    if model.num_parameters(only_trainable=True) == 0:
         raise InputError(f"{name} is an adapter: merge it first, as the README does")
     if info["missing_keys"]:
         raise InputError(f"{name} lacks the weights {sorted(info['missing_keys'])}")
@@ -905,16 +907,16 @@ def rehearse(policy, reference, x, y, config):
     """
     default = config.batch_size if "cuda" in config.device else 8
     size = min(config.micro_batch_size or default, config.batch_size)
+    # AdamW will need two numbers for each trained weight. Their place is held until the
+    # function returns.
+    trained = policy.num_parameters(only_trainable=True)
+    _reserved = torch.empty(2, trained, device=policy.device)
     while True:
         # Try two micro-batches if a batch has more than one: during the second, the
         # gradients of the first are in memory already.
         m = min(2 * size, config.batch_size)
         batch = {"prompt": [x] * m, "completion": [y] * m, "label": [True] * m}
-        reserved = None
         try:
-            # AdamW will need two numbers for each trained weight.
-            trained = policy.num_parameters(only_trainable=True)
-            reserved = torch.empty(2, trained, device=policy.device)
             kto_step(policy, reference, batch, size)
             return size
         except torch.OutOfMemoryError:
@@ -924,7 +926,6 @@ def rehearse(policy, reference, x, y, config):
                     "lower --max_prompt_length and --max_completion_length, or take a smaller model"
                 ) from None
         finally:
-            del reserved
             policy.zero_grad()
         torch.cuda.empty_cache()
         size //= 2
@@ -1047,8 +1048,8 @@ def run(policy, reference, training, held_out, config, decisive):
     step, log = start_or_resume(config, checkpoint, parts, decisive)
 
     signals = note_signals()
-    stopped = False  # becomes True after the first step that finds a signal noted
-    is_epoch_end = step > 0 and step % per_epoch == 0  # a run may resume at such an end
+    is_saved = step > 0  # whether a checkpoint of this very step exists
+    is_epoch_end = is_saved and step % per_epoch == 0  # a run may resume at such an end
     names = ("beta", "lambda_d", "lambda_u", "micro_batch_size")
     settings = {name: getattr(config, name) for name in names}
     batches = training_batches(training, config, step)
@@ -1056,17 +1057,17 @@ def run(policy, reference, training, held_out, config, decisive):
     # This is the heading of the lines that `chart` draws.
     print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
     bar = tqdm(initial=step, total=steps, disable=None)
-    # At the top of the loop, `step` steps are done. If `stopped` or `is_epoch_end` is
-    # true, a checkpoint of this very step exists. Only there a signal may end the run.
+    # At the top of the loop, `step` steps are done. A signal may end the run only where
+    # a checkpoint of this very step exists.
     while True:
         # The checkpoint of the epoch is older than this evaluation. So a run that resumes
         # from it does the evaluation again, and the line in the log is replaced.
-        if is_epoch_end and len(held_out) > 1 and not stopped:
+        if is_epoch_end and len(held_out) > 1 and not signals:
             metrics = evaluate(policy, reference, held_out, config.batch_size, **settings)
             print(json.dumps({"step": step, **metrics}), file=log)
             loss, accuracy = metrics["eval_loss"], metrics["eval_accuracy"]
             bar.write(f"held out: loss {loss:.3f}, accuracy {accuracy:.2f}")
-        if stopped or (is_epoch_end and signals):
+        if is_saved and signals:
             raise SystemExit(128 + signals[0])
         if step == steps:
             break
@@ -1079,12 +1080,11 @@ def run(policy, reference, training, held_out, config, decisive):
         step += 1
         print(json.dumps(metrics), file=log)
 
-        # A signal that comes after this look at `signals` waits for the end of the next
-        # step, or, at the end of an epoch, for the end of the evaluation.
-        stopped = bool(signals)
+        # If nothing is saved here, a signal that comes later waits for the next step.
         is_epoch_end = step % per_epoch == 0
         is_due = config.save_every > 0 and step % config.save_every == 0
-        if stopped or is_epoch_end or is_due:
+        is_saved = bool(signals) or is_epoch_end or is_due
+        if is_saved:
             save_checkpoint(checkpoint, parts, step=step, log=log.tell(), decisive=decisive)
 
         # What is shown comes after what is saved, because its reader may have gone.
@@ -1176,8 +1176,8 @@ def main(models):
 
         # The longest prompt and the longest completion, after they were cut. They are
         # usually of two rows, but may meet as a mismatched pair.
-        x = rows[int(facts.prompt_tokens.argmax())]["prompt"]
-        y = rows[int(facts.completion_tokens.argmax())]["completion"]
+        x = rows[facts.prompt_tokens.argmax()]["prompt"]
+        y = rows[facts.completion_tokens.argmax()]["completion"]
         policy, reference = models(config, tokenizer, training, facts, x, y)
         config.micro_batch_size = rehearse(policy, reference, x, y, config)
         print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}")
