@@ -332,7 +332,7 @@ class Config:
     output: str | None = None  # folder for the result; if not given, kto-MODEL
     epochs: int = 3  # passes over the data
     batch_size: int = 32  # m, the rows of one step; 8 to 128 are useful
-    micro_batch_size: int | None = None  # rows in one call of a model; on cuda halved until it fits
+    micro_batch_size: int | None = None  # rows in one call; if not given, what fits on cuda, else 8
     lr: float | None = None  # peak learning rate; if not given, 5e-6, and 5e-4 for "tiny"
     beta: float = 0.1  # a larger beta keeps the policy nearer the reference
     lambda_d: float = 1.0  # lambda_D, the weight of desirable rows (Eq. 9)
@@ -435,6 +435,7 @@ def as_messages(value, role, special):
             f"prompt and completion must be texts or messages, not empty: {value!r:.80}"
         )
     if isinstance(value, str):
+        # Python, pandas or numpy may have printed a list of messages into a text.
         if re.match(r"\s*(array\()?\[\s*\{\s*[\"'](role|content|from)\b", value):
             raise InputError(f"messages must be a list, and not the text of one: {value!r:.80}")
         value = [{"role": role, "content": value}]
@@ -606,7 +607,7 @@ def split_ids(row, tokenizer, place):
     """
     x, joined, goes_on = row["x"], row["joined"], row["goes_on"]
     if tokenizer.chat_template is None and x[-1:] == [tokenizer.eos_token_id]:
-        x = x[:-1]  # some tokenizers end every text with EOS
+        x = x[:-1]  # some tokenizers end every text with EOS; after y it is welcome
 
     # Usually the ids of the joined text begin with x, and y is the rest of them. (y is
     # not tokenised alone, because some tokenizers put a space before a text that
@@ -763,7 +764,7 @@ def describe(facts, training, held_out, tokenizer, config):
 # ---- The models -------------------------------------------------------------------
 
 
-def tiny_model(config, tokenizer, rows):
+def tiny_model(config, tokenizer, training):
     """A toy: a small Llama, taught the undesirable rows and every fifth row.
 
     In the sample, the desirable completions are polite. So the toy finds most polite
@@ -782,8 +783,8 @@ def tiny_model(config, tokenizer, rows):
         num_attention_heads=4,
     )
     model = transformers.LlamaForCausalLM(settings)
-    places = [i for i, label in enumerate(rows["label"]) if i % 5 == 0 or not label]
-    taught = rows.select(places)
+    places = [i for i, label in enumerate(training["label"]) if i % 5 == 0 or not label]
+    taught = training.select(places)
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(500):
         optimizer.param_groups[0]["lr"] = 2.5e-3 * (1 - step / 500)
@@ -809,20 +810,23 @@ def load_tokenizer(config):
     return tokenizer
 
 
-def load_model(config, tokenizer, rows, facts, dtype=torch.float32):
-    """The causal model --model, whose generation config gets the end tokens of the rows.
-    InputError if weights or embeddings are missing.
+def load_model(config, tokenizer, training, facts, dtype=torch.float32):
+    """The causal model --model, whose generation config gets the end tokens of all rows,
+    which are in `facts`. InputError if weights or embeddings are missing.
 
-    `dtype` is that of the weights; --dtype is that of the forward passes. The README's
-    script for LoRA asks for bfloat16 here, because it does not train these weights.
+    `training`, the rows to train on, is for the tiny model only. `dtype` is that of the
+    weights; --dtype is that of the forward passes. The README's script for LoRA asks for
+    bfloat16 here, because it does not train these weights.
     """
     if config.model == "tiny":
-        return tiny_model(config, tokenizer, rows)
+        return tiny_model(config, tokenizer, training)
     name = f"--model {config.model}"
     with errors_about(name):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=dtype, output_loading_info=True
         )
+    # From the folder of an adapter, transformers loads a model whose weights are all
+    # frozen.
     if model.num_parameters(only_trainable=True) == 0:
         raise InputError(f"{name} is an adapter: merge it first, as the README does")
     if info["missing_keys"]:
@@ -848,8 +852,11 @@ def load_model(config, tokenizer, rows, facts, dtype=torch.float32):
 
 
 def check_model(model, x, y, config):
-    """InputError if the model, with weights in float32, cannot score the longest prompt
-    x with the longest completion y."""
+    """Raises InputError if the longest prompt x with the longest completion y is too long
+    for the model, if log-probabilities are not finite, or if the model is not causal.
+
+    Its weights must be in float32: the comparison below is too fine for bfloat16.
+    """
     # `show_answers` writes up to 64 tokens. The few tokens of goes_on are neglected.
     length = len(x) + max(len(y), 64)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -885,10 +892,10 @@ def two_models(policy, config):
     return policy, reference
 
 
-def load_models(config, tokenizer, rows, facts, x, y):
+def load_models(config, tokenizer, training, facts, x, y):
     """(policy, reference) of --model, checked with the longest prompt x and the
     longest completion y."""
-    model = load_model(config, tokenizer, rows, facts)
+    model = load_model(config, tokenizer, training, facts)
     with errors_about(f"--device {config.device}"):
         model.to(config.device).eval()  # eval mode: no dropout, which would be noise in r
     check_model(model, x, y, config)
@@ -936,8 +943,8 @@ def rehearse(policy, reference, x, y, config):
 
 def decisive_settings(config, facts, policy):
     """The settings that decide the result of a run, and digests of its rows and of the
-    policy's first weights. A resumed run must have the same. The other settings change
-    the result by rounding at most."""
+    policy's first weights, which stand for --data and --model. A resumed run must have
+    the same. All other settings change the result by rounding at most."""
     names = """epochs batch_size lr beta lambda_d lambda_u max_prompt_length
         max_completion_length holdout dtype seed"""
     rows = hashlib.sha256(facts[["digest", "label"]].to_csv().encode()).hexdigest()
@@ -994,8 +1001,8 @@ def evaluate(policy, reference, held_out, batch_size, **settings):
 
 
 def note_signals():
-    """From now on Ctrl-C and SIGTERM are only noted: returns the list to which their
-    numbers are added."""
+    """From now on the first Ctrl-C or SIGTERM is only noted, in the list that is returned.
+    A second one ends the process at once."""
     signals = []
 
     def note(number, frame):
@@ -1020,7 +1027,7 @@ def start_or_resume(config, checkpoint, parts, decisive):
     if config.resume and checkpoint.exists():
         step, log_size = load_checkpoint(checkpoint, parts, decisive)
     else:
-        checkpoint.unlink(missing_ok=True)  # of a demo: `check_places` refuses any other
+        checkpoint.unlink(missing_ok=True)  # it can only be that of a demo: see `check_places`
     config.output.mkdir(parents=True, exist_ok=True)
     log = open(config.output / "metrics.jsonl", "a", buffering=1)
     log.truncate(min(log.tell(), log_size))  # min: truncate would fill up a shorter log with zeros
@@ -1087,7 +1094,8 @@ def run(policy, reference, training, held_out, config, decisive):
         if is_saved:
             save_checkpoint(checkpoint, parts, step=step, log=log.tell(), decisive=decisive)
 
-        # What is shown comes after what is saved, because its reader may have gone.
+        # This is shown after the checkpoint is saved, because it fails if the program that
+        # reads it, such as tee, has ended.
         bar.update()
         bar.set_postfix({name: metrics[name] for name in ("loss", "z0", "margin")})
         if metrics["step"] % math.ceil(steps / 16) == 0:
