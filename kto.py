@@ -948,7 +948,7 @@ def decisive_settings(config, facts, policy):
     names = """epochs batch_size lr beta lambda_d lambda_u max_prompt_length
         max_completion_length holdout dtype seed"""
     rows = hashlib.sha256(facts[["digest", "label"]].to_csv().encode()).hexdigest()
-    weights = sum(torch.hash_tensor(weight).item() for weight in policy.parameters())
+    weights = sum(torch.hash_tensor(weight.cpu()).item() for weight in policy.parameters())
     settings = {name: getattr(config, name) for name in names.split()}
     return settings | {"rows": rows, "weights": weights}
 
