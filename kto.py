@@ -72,8 +72,8 @@ def kto_loss(policy_logps, reference_logps, z0, desirable, beta=0.1, lambda_d=1.
 
     `policy_logps` and `reference_logps` are tensors (B,): log pi(y|x) of each row,
     in nats. `z0` is the scalar that `reference_point` returns. `desirable` is a bool
-    tensor (B,), True for a desirable row; any mix of the classes is allowed. A
-    tensor of int64 raises RuntimeError.
+    tensor (B,), True for a desirable row; any mix of the classes is allowed. If
+    it is int64 and not bool, RuntimeError is raised.
     """
     r = policy_logps - reference_logps  # (B,)
     v_desirable = lambda_d * torch.sigmoid(beta * (r - z0))  # (B,)
@@ -97,8 +97,8 @@ def reference_point(policy_next_logps, reference_next_logps):
     - Why mismatched pairs: z0 is about answers in general, but a row's own y is in
       the data because it is good or bad for x. So the rows exchange their
       completions. From the rows (x1, y1) and (x2, y2), z0 uses the pairs (x1, y2)
-      and (x2, y1). The estimate is biased. One that is not would need the policy's own
-      answers, and sampling them is slow.
+      and (x2, y1). The estimate is biased. An unbiased estimate would need answers that
+      are sampled from the policy, which is slow.
     - Why the mean over all m rows of a step: the number of rows that fit into memory
       at once must not change the result.
     - Why the clamp: a KL divergence is never negative, but its estimate from m pairs
@@ -209,7 +209,7 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     if m < 2:
         raise ValueError("z0 needs two rows: the next row of a single row is this row itself")
 
-    # 2. Pair: each prompt with the completion of the next row.
+    # 2. Pair: each prompt gets the completion of the next row.
     next_completions = completions[1:] + completions[:1]
 
     # 3. Score: three of the four sets of log-probabilities need no gradient.
@@ -217,13 +217,13 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     reference_next_logps = score(reference, prompts, next_completions, micro_batch_size)  # (m,)
     reference_logps = score(reference, prompts, completions, micro_batch_size)  # (m,)
 
-    # 4. Reference point: from the m mismatched pairs.
+    # 4. Reference point: z0 comes from the m mismatched pairs.
     z0 = reference_point(policy_next_logps, reference_next_logps)  # ()
 
-    # 5. Loss, together with the fourth score of step 3, which is made with gradient.
-    # Each micro-batch runs its backward pass before the next one is scored, so that
-    # only one of them is in memory. The sum of their gradients is the gradient of the
-    # mean loss.
+    # 5. Loss: the fourth score of step 3 is made here too, because it needs the
+    # gradient. Each micro-batch runs its backward pass before the next one is
+    # scored, so that only one of them is in memory. The sum of their gradients is
+    # the gradient of the mean loss.
     policy_logps = torch.zeros_like(reference_logps)  # (m,)
     losses = torch.zeros_like(reference_logps)  # (m,)
     for index, x, y in micro_batches(prompts, completions, micro_batch_size):
@@ -285,7 +285,7 @@ def train(policy, reference, batches, optimizer, first_step=0, **settings):
         began = time.perf_counter()
         metrics = metrics_of(*kto_step(policy, reference, batch, **settings))  # Steps 2 to 5.
 
-        # 6. Update, with the gradient clipped to a norm of 10 (Table 1).
+        # 6. Update: the gradient is first clipped to a norm of 10 (Table 1).
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=10.0).item()
         if not math.isfinite(norm):
             raise FloatingPointError(
@@ -381,9 +381,10 @@ A_ROW = """A row is one whole line, and a line is one row: {"prompt": text or me
 each row on a line of its own, without brackets and commas around it. Write a preference pair as \
 two rows."""
 
-# Columns of a row, and keys of a message, that are meant to change what is trained.
+# These columns of a row, and keys of a message, are meant to change what is trained.
 # This file cannot use them, so it refuses them. Other columns are ignored, and
-# `describe` prints their names. Here systemprompt stands for system_prompt and systemPrompt too.
+# `describe` prints their names. Here systemprompt stands for system_prompt and
+# systemPrompt too.
 NOT_SUPPORTED = """
     system systemprompt systemmessage instruction instructions input context history
     documents tools functions toolcalls toolinvocations functioncall chattemplatekwargs
@@ -405,7 +406,8 @@ def parse_row(line):
     InputError."""
     try:
         row = json.loads(line.rstrip())
-        # This raises ValueError if a text has half a letter, such as "\ud800" alone.
+        # This raises ValueError if a text has half of a surrogate pair, such as
+        # "\ud800" alone, which no tokenizer takes.
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 text, so unpack or convert the file: {error}") from error
@@ -571,14 +573,13 @@ def read_rows(path, tokenizer):
                 texts = render(row, tokenizer, special)
             except InputError as error:
                 raise InputError(f"{path}:{number}: {error}. {A_ROW}") from error
-            yield texts | {
-                "label": bool(row["label"]),
-                "line": number,
-                # Two facts for `describe`: the names of all columns that are not used,
-                # as one text, and whether the completion begins with the whole prompt.
-                "not_used": "\n".join(row.keys() - {"prompt", "completion", "label"}),
-                "repeats": row["completion"][: len(row["prompt"])] == row["prompt"],
-            }
+
+            # `describe` needs two facts: the names of the columns that are not used,
+            # as one text, and whether the completion begins with the whole prompt.
+            not_used = row.keys() - {"prompt", "completion", "label"}
+            beginning = row["completion"][: len(row["prompt"])]
+            facts = {"not_used": "\n".join(not_used), "repeats": beginning == row["prompt"]}
+            yield texts | facts | {"label": bool(row["label"]), "line": number}
             count += 1
     if count == 0:
         raise InputError(f"{path} has no rows. {A_ROW}")
@@ -609,14 +610,14 @@ def split_ids(row, tokenizer, place):
     if tokenizer.chat_template is None and x[-1:] == [tokenizer.eos_token_id]:
         x = x[:-1]  # some tokenizers end every text with EOS; after y it is welcome
 
-    # Usually the ids of the joined text begin with x, and y is the rest of them. (y is
-    # not tokenised alone, because some tokenizers put a space before a text that
-    # stands alone.) It is not so if a token of the joined text lies across the border
-    # of prompt and completion. Then there are two cases.
+    # Usually the ids of the joined text begin with x, and y is the rest of them. (y
+    # is not tokenised alone, because some tokenizers put a space before a text that
+    # stands alone.) It is not so if a token of the joined text lies across the
+    # border of prompt and completion. Then there are two cases.
     #
     # The first case: goes_on is not empty. At inference the model reads x and then
-    # goes_on, and the border between these two is ours to choose. So the last tokens of
-    # x move to goes_on until the joined ids begin with x. For example, where one
+    # goes_on, and the border between these two is ours to choose. So the last tokens
+    # of x move to goes_on until the joined ids begin with x. For example, where one
     # rendering goes on with <think> and the other with </think>, the prompt of
     # `render_chat` ends with a lone "<", half of a token.
     while goes_on and joined[: len(x)] != x:
@@ -626,9 +627,9 @@ def split_ids(row, tokenizer, place):
     if joined[: len(x)] == x:
         y = joined[len(x) :]
     else:
-        # The second case: goes_on is empty. At inference the model reads exactly x, so
-        # that x must stay, and y is tokenised alone after all. If this changes the
-        # text, the row is refused.
+        # The second case: goes_on is empty. At inference the model reads exactly x,
+        # so that x must stay, and y is tokenised alone after all. If this changes
+        # the text, the row is refused.
         y = tokenizer(row["completion"], add_special_tokens=False).input_ids
         apart = tokenizer.decode(x + y, skip_special_tokens=True)
         if apart != tokenizer.decode(joined, skip_special_tokens=True):
@@ -844,8 +845,8 @@ def load_model(config, tokenizer, training, facts, dtype=torch.float32):
     if ends != set(known):
         generation.eos_token_id = sorted(ends)
         # Some generation configs have a fault. Once such a config has been changed,
-        # transformers refuses to save it. The user must know it now, and not after the
-        # training.
+        # transformers refuses to save it. The user must know it now, and not after
+        # the training.
         with errors_about(f"{name}: mend its generation_config.json, or delete it"):
             generation.validate(strict=True)
     return model
@@ -914,8 +915,8 @@ def rehearse(policy, reference, x, y, config):
     """
     default = config.batch_size if "cuda" in config.device else 8
     size = min(config.micro_batch_size or default, config.batch_size)
-    # AdamW will need two numbers for each trained weight. Their place is held until the
-    # function returns.
+    # AdamW will need two numbers for each trained weight. Their place is held until
+    # the function returns.
     trained = policy.num_parameters(only_trainable=True)
     _reserved = torch.empty(2, trained, device=policy.device)
     while True:
@@ -1035,8 +1036,9 @@ def start_or_resume(config, checkpoint, parts, decisive):
 
 
 def optimizer_and_schedule(policy, steps, config):
-    """The paper names AdamW and the learning rate. The schedule is our choice: a
-    tenth of the steps to warm up, then a cosine down to a tenth of this rate."""
+    """The paper names AdamW and the learning rate. That there is no weight decay is our
+    choice, and so is the schedule: a tenth of the steps to warm up, then a cosine down to
+    a tenth of this rate."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     schedule = transformers.get_scheduler(
         "cosine_warmup_with_min_lr", optimizer, steps // 10, steps, {"min_lr_rate": 0.1}
@@ -1064,11 +1066,12 @@ def run(policy, reference, training, held_out, config, decisive):
     # This is the heading of the lines that `chart` draws.
     print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
     bar = tqdm(initial=step, total=steps, disable=None)
-    # At the top of the loop, `step` steps are done. A signal may end the run only where
-    # a checkpoint of this very step exists.
+    # At the top of the loop, `step` steps are done. A signal may end the run only
+    # where a checkpoint of this very step exists.
     while True:
-        # The checkpoint of the epoch is older than this evaluation. So a run that resumes
-        # from it does the evaluation again, and the line in the log is replaced.
+        # The checkpoint of the epoch was saved before this evaluation. A run that
+        # resumes from it cuts the log back to that moment and evaluates again, so that
+        # the line is not there twice.
         if is_epoch_end and len(held_out) > 1 and not signals:
             metrics = evaluate(policy, reference, held_out, config.batch_size, **settings)
             print(json.dumps({"step": step, **metrics}), file=log)
@@ -1079,7 +1082,7 @@ def run(policy, reference, training, held_out, config, decisive):
         if step == steps:
             break
 
-        # One step of the training loop of part one, and what is said about it.
+        # The generator of part one does one step, and its metrics go to the log.
         # metrics["step"] is the number of steps before this one, since the metrics
         # were measured before its update.
         metrics = next(training_steps)
@@ -1087,15 +1090,15 @@ def run(policy, reference, training, held_out, config, decisive):
         step += 1
         print(json.dumps(metrics), file=log)
 
-        # If nothing is saved here, a signal that comes later waits for the next step.
+        # If nothing is saved here, a later signal waits for the next step.
         is_epoch_end = step % per_epoch == 0
         is_due = config.save_every > 0 and step % config.save_every == 0
         is_saved = bool(signals) or is_epoch_end or is_due
         if is_saved:
             save_checkpoint(checkpoint, parts, step=step, log=log.tell(), decisive=decisive)
 
-        # This is shown after the checkpoint is saved, because it fails if the program that
-        # reads it, such as tee, has ended.
+        # This is shown after the checkpoint is saved, because it fails if the program
+        # that reads it, such as tee, has ended.
         bar.update()
         bar.set_postfix({name: metrics[name] for name in ("loss", "z0", "margin")})
         if metrics["step"] % math.ceil(steps / 16) == 0:
@@ -1134,9 +1137,9 @@ def check_places(config):
         return  # the demo may be run again and again
 
     # A folder with a checkpoint holds a run that has not ended, so it may go on. A
-    # run that was stopped before its first checkpoint leaves only a log, so it may
-    # start again with --resume. A finished run leaves a model with its .json files,
-    # which must not be overwritten.
+    # run that was stopped before its first checkpoint leaves only metrics.jsonl, so it
+    # may start again with --resume. A finished run leaves a model with files that end
+    # with .json, which must not be overwritten.
     if config.resume and (config.output / "checkpoint.pt").exists():
         return
     if any(config.output.glob("*.json" if config.resume else "*")):
@@ -1182,8 +1185,8 @@ def main(models):
         training, held_out = shuffled.skip(count), shuffled.take(count)
         describe(facts, training, held_out, tokenizer, config)
 
-        # The longest prompt and the longest completion, after they were cut. They are
-        # usually of two rows, but may meet as a mismatched pair.
+        # x is the longest prompt and y the longest completion, after they were cut.
+        # They are usually of two rows, but may meet as a mismatched pair.
         x = rows[facts.prompt_tokens.argmax()]["prompt"]
         y = rows[facts.completion_tokens.argmax()]["completion"]
         policy, reference = models(config, tokenizer, training, facts, x, y)
