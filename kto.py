@@ -405,7 +405,7 @@ def parse_row(line):
     """One line of JSONL, as bytes -> a dict with prompt, completion and label, or
     InputError."""
     try:
-        row = json.loads(line.rstrip())
+        row = json.loads(line.decode("utf-8-sig").rstrip())
         # This raises ValueError if a text has half of a surrogate pair, such as
         # "\ud800" alone, which no tokenizer takes.
         json.dumps(row, ensure_ascii=False).encode()
@@ -437,8 +437,10 @@ def as_messages(value, role, special):
             f"prompt and completion must be texts or messages, not empty: {value!r:.80}"
         )
     if isinstance(value, str):
-        # Python, pandas or numpy may have printed a list of messages into a text.
-        if re.match(r"\s*(array\()?\[\s*\{\s*[\"'](role|content|from)\b", value):
+        # Python, pandas or numpy may have printed a message, or a list of them, as text.
+        a_list = r"(array\()?\[\s*\{\s*[\"'](role|content|from)\b"
+        a_message = r"\{\s*[\"']role[\"']\s*:\s*[\"']\w+[\"']\s*,\s*[\"']content\b"
+        if re.match(f"\\s*({a_list}|{a_message})", value):
             raise InputError(f"messages must be a list, and not the text of one: {value!r:.80}")
         value = [{"role": role, "content": value}]
     for message in value:

@@ -571,6 +571,14 @@ def test_each_kind_of_bad_row_is_refused_with_what_is_there_and_what_should_be(t
         assert words in message
 
 
+def test_a_file_in_utf_16_is_refused(tmp_path):
+    # Cut at the byte of a newline, its second line could be read as other letters.
+    with pytest.raises(kto.InputError, match="not UTF-8 text"):
+        kto.parse_row(GOOD.encode("utf-16"))
+    with pytest.raises(kto.InputError, match="not one row of JSON"):
+        kto.parse_row(b"\0" + GOOD.encode("utf-16-le"))
+
+
 def test_a_long_row_is_not_shown_whole(tmp_path):
     for long in ("[" * 100_000, json.dumps(["long"] * 10_000)):
         refusal(tmp_path, long)
@@ -602,7 +610,8 @@ null  ->  prompt and completion must be texts or messages, not empty: None
 "Hi <turn|>"  ->  '<turn|>' is a special token or a template's tag
 "Hi<eos>"  ->  '<eos>' is a special token or a template's tag
 "[{\"role\": \"user\"}]"  ->  messages must be a list, and not the text of one
-"array([{'content': 'a', 'role': 'user'}])"  ->  messages must be a list, and not the text of one"""
+"array([{'content': 'a', 'role': 'user'}])"  ->  messages must be a list, and not the text of one
+"{'role': 'user', 'content': 'a'}"  ->  messages must be a list, and not the text of one"""
 
 
 @pytest.mark.parametrize("case", NO_MESSAGES.splitlines())
