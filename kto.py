@@ -332,7 +332,7 @@ class Config:
     output: str | None = None  # folder for the result; if not given, kto-MODEL
     epochs: int = 3  # passes over the data
     batch_size: int = 32  # m, the rows of one step; 8 to 128 are useful
-    micro_batch_size: int | None = None  # rows in one call; if not given, what fits on cuda, else 8
+    micro_batch_size: int | None = None  # rows in one call; if not given, 8, and on cuda what fits
     lr: float | None = None  # peak learning rate; if not given, 5e-6, and 5e-4 for "tiny"
     beta: float = 0.1  # a larger beta keeps the policy nearer the reference
     lambda_d: float = 1.0  # lambda_D, the weight of desirable rows (Eq. 9)
@@ -480,9 +480,10 @@ def special_tokens(tokenizer):
 def render(row, tokenizer, special):
     """A row as the model sees it: {"prompt", "completion", "goes_on"}, three texts.
 
-    goes_on is what the model reads after the prompt at inference, but not in training:
-    the template writes it when it asks for an answer, and leaves it out when the answer
-    of this row follows. It is usually empty; with some reasoning models it is <think>.
+    goes_on is what the template writes after the prompt when it asks for an answer, and
+    what is not counted to the prompt here. Either the template leaves it out when an
+    answer follows, or the answer of this row begins with it. It is usually empty; with
+    some reasoning models it is <think>.
 
     Without a chat template, the texts of the row stay as they are, and nothing is
     put between prompt and completion. With one, see `render_chat`. `special` is the
@@ -619,9 +620,9 @@ def split_ids(row, tokenizer, place):
     #
     # The first case: goes_on is not empty. At inference the model reads x and then
     # goes_on, and the border between these two is ours to choose. So the last tokens
-    # of x move to goes_on until the joined ids begin with x. For example, where one
-    # rendering goes on with <think> and the other with </think>, the prompt of
-    # `render_chat` ends with a lone "<", half of a token.
+    # of x move to goes_on until the joined ids begin with x. For example, where
+    # `asked` goes on with <think> and `answered` with </think>, what both have in
+    # common ends with a lone "<", which is only a part of a token of `joined`.
     while goes_on and joined[: len(x)] != x:
         goes_on = tokenizer.decode(x[-1:]) + goes_on
         x = x[:-1]
@@ -1111,8 +1112,8 @@ def run(policy, reference, training, held_out, config, decisive):
 
 
 def chart(metrics, beta):
-    """A line of the chart, an axis of r: D and U, the mean of each class, and z,
-    which is z0.
+    """A line of the chart, an axis of r with 0 in the middle, on which one place is
+    0.1 / beta nats: D and U, the mean of each class, and z, which is z0.
 
     In the same place D covers U, and U covers z. What lies beyond an end of the axis
     is drawn at this end.
@@ -1208,7 +1209,7 @@ def main(models):
         finally:  # also if the run was stopped, or ends with an error
             if checkpoint.exists():
                 print(f"\nThe last checkpoint is {checkpoint}. Unless an error below says")
-                print("otherwise, the run goes on from there, with the same settings and --resume.")
+                print("otherwise, the same command with --resume goes on from there.")
         show_answers(policy, reference, tokenizer, held_out[:3])
 
 
