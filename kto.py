@@ -2,15 +2,12 @@
 """KTO in one file: align a language model with thumbs up and thumbs down.
 
 The paper is "KTO: Model Alignment as Prospect Theoretic Optimization", Ethayarajh
-et al., ICML 2024, arXiv 2402.01306. Equations and sections are numbered as in its
-version 5.
-
+et al., ICML 2024, arXiv 2402.01306; equations and sections as in its version 5.
 The data are rows of a prompt x, a completion y and a label, which says whether y is
 desirable or undesirable. One training step does this:
 
   1. Take m rows (x, y, label), in any mix of the two classes.
-  2. Pair: give each x the completion y' of the next row, and the last x the
-     completion of the first row.
+  2. Pair: give each x the completion y' of the next row; the last x takes the first.
   3. Score y and y', each after x, under both models: sum the log-probabilities of
      the completion's tokens.
   4. Reference point: a mean over the m pairs (x, y').                         §4.1
@@ -24,8 +21,8 @@ desirable or undesirable. One training step does this:
      Where r is far from z0, sigmoid is flat, and the row has almost no gradient.
      A larger beta makes it flat nearer to z0.
 
-A step costs four forward passes, three of them without gradient, and one backward
-pass.
+Only the policy's score of (x, y) has a gradient; the three others run without one. If
+the GPU computes in bfloat16, all four do so, by autocast. The weights stay float32.
 
   in the paper          here                what it is
   pi_theta, pi_ref      policy, reference   the model in training, its frozen copy
@@ -47,11 +44,10 @@ import copy
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
-import re
-import signal
 import sys
 import tempfile
 import time
@@ -64,16 +60,14 @@ import transformers
 from tqdm import tqdm
 
 # ==== Part one: KTO, complete, down to the training loop ===========================
+# To copy: `kto_loss`, `reference_point` and, to score answers, `completion_logps`.
 
 
 def kto_loss(policy_logps, reference_logps, z0, desirable, beta=0.1, lambda_d=1.0, lambda_u=1.0):
-    """The KTO loss of each row, lambda_y - v(x, y): a tensor (B,), not yet averaged
-    (Eq. 8).
+    """The KTO loss of each row, lambda_y - v(x, y): a tensor (B,), not averaged (Eq. 8).
 
-    `policy_logps` and `reference_logps` are tensors (B,): log pi(y|x) of each row,
-    in nats. `z0` is the scalar that `reference_point` returns. `desirable` is a bool
-    tensor (B,), True for a desirable row; any mix of the classes is allowed. If
-    it is int64 and not bool, RuntimeError is raised.
+    `policy_logps` and `reference_logps` are tensors (B,): log pi(y|x), in nats. `z0` is
+    from `reference_point`. `desirable` is a bool tensor (B,); if not, RuntimeError.
     """
     r = policy_logps - reference_logps  # (B,)
     v_desirable = lambda_d * torch.sigmoid(beta * (r - z0))  # (B,)
@@ -82,30 +76,20 @@ def kto_loss(policy_logps, reference_logps, z0, desirable, beta=0.1, lambda_d=1.
 
 
 def reference_point(policy_next_logps, reference_next_logps):
-    """z0, an estimate of KL(pi_theta || pi_ref): a scalar (), >= 0, in nats, no
+    """z0, a rough estimate of KL(pi_theta || pi_ref): a scalar (), >= 0, in nats, no
     gradient (§4.1).
 
     Both arguments are tensors (m,), in nats: log pi(y'|x) of the m *mismatched*
-    pairs of a step, in which each prompt has the completion of the next row. They
-    are not the log-probabilities that `kto_loss` takes: with those, z0 would be the
-    mean reward.
+    pairs of a step, in which each prompt has the completion of the next row.
 
-    What z0 is for: a reward r is good or bad only in comparison, here with the KL,
-    which is the mean of r over the policy's own answers. If the policy made every
-    completion more likely, good or bad, r and z0 would rise together and no value would
-    be gained.
-    - Why mismatched pairs: z0 is about answers in general, but a row's own y is in
-      the data because it is good or bad for x. So the rows exchange their
-      completions. From the rows (x1, y1) and (x2, y2), z0 uses the pairs (x1, y2)
-      and (x2, y1). The estimate is biased. An unbiased estimate would need answers that
-      are sampled from the policy, which is slow.
-    - Why the mean over all m rows of a step: the number of rows that fit into memory
-      at once must not change the result.
-    - Why the clamp: a KL divergence is never negative, but its estimate from m pairs
-      can be.
-    - Why no gradient: r is measured from z0, and the policy must not gain by moving
-      z0. In this file the pairs are scored without gradient anyway; `detach` is for
-      readers who copy this function into code that scores them with gradient.
+    A reward r is good or bad only in comparison. KTO compares it with this KL, the mean
+    of r over answers that the policy itself would write. To sample such answers is slow,
+    so completions of other rows stand in for them. (A row's own y may not: it is in
+    the data because it is good or bad for x.) The policy would not write all of these,
+    so their mean tends to be too low. The clamp raises it: a KL is never negative.
+
+    The mean is over all rows of a step: how many fit into memory must change no result.
+    z0 has no gradient: the policy must not gain by moving what r is compared with.
     """
     return (policy_next_logps - reference_next_logps).mean().clamp(min=0).detach()
 
@@ -113,27 +97,24 @@ def reference_point(policy_next_logps, reference_next_logps):
 def completion_logps(model, prompts, completions):
     """log pi(y|x) of each row: (B,), float32, in nats, the sum over y's tokens.
 
-    `model` is a causal LM of transformers; `prompts` and `completions` are two lists
-    of B lists of token ids, not padded. The caller has put the end token at the end
-    of each completion. It is scored like any other token. (A completion that was cut
-    to a maximal length has no end token, because it did not end there.) Raises
-    ValueError if a prompt is empty or if the two lists differ in length.
+    `model` is a causal LM of transformers. `prompts` and `completions` are two lists
+    of B lists of token ids, not padded. A completion that was not cut ends with an end
+    token, which is scored like any other: EOS, or what ends a turn in the chat template.
+    Raises ValueError if a prompt is empty or the lists differ in length.
     """
     if not all(prompts):
         raise ValueError("a prompt has no tokens: the first completion token needs one before it")
 
-    # A row is x, then y, then padding. A causal model never looks to the right, so
-    # the padding changes nothing, and no attention mask is needed.
+    # A row is x, then y, then padding. A causal model never looks to the right, so no
+    # attention mask is needed.
     rows = [torch.tensor([*x, *y]) for x, y in zip(prompts, completions, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)  # (B, T)
 
-    # The output at position t predicts the token at t + 1. An example is
-    # x = (a, b) and y = (c, d):
+    # The output at position t predicts the token at t + 1. With x = (a, b), y = (c, d):
     #     outputs at  a   b   c
     #     targets     b   c   d        the same row, one token further on
     #     is_scored   0   1   1        1 where the target belongs to y
-    # Positions decide what is scored, not token ids: an end token counts even if
-    # padding has the same id.
+    # Token ids do not matter: an end token counts even if padding has the same id.
     targets = ids[:, 1:]  # (B, T - 1)
     is_scored = torch.zeros_like(targets, dtype=torch.bool)  # (B, T - 1)
     for row, x, y in zip(is_scored, prompts, completions):  # each row is a view of is_scored
@@ -142,20 +123,17 @@ def completion_logps(model, prompts, completions):
 
     # Without the hook below one would write
     #     logits = model(input_ids=ids).logits[:, :-1][is_scored]
-    # The model's last layer, its head, would then turn the hidden state of every
-    # position into V logits, and most of these would be thrown away. Logits are the
-    # largest tensor of all. The hook runs before the head, and what it returns
-    # becomes the head's input: the hidden states whose targets are scored. The hook
-    # is removed where the `with` block ends.
+    # The model's head would then turn the hidden state of every position into V logits,
+    # the largest tensor of all, and most would be thrown away. The hook runs before the
+    # head, and what it returns becomes the head's input.
     def keep_scored(head, inputs):
         return inputs[0][:, :-1][is_scored]  # (B, T, H) -> (N, H)
 
     with model.get_output_embeddings().register_forward_pre_hook(keep_scored):
         logits = model(input_ids=ids, use_cache=False).logits.float()  # (N, V)
 
-    # cross_entropy returns minus the log-probability of each scored token. With the
-    # sign turned round, each one goes back to its place in its row. All other places
-    # are 0, and each row is summed.
+    # cross_entropy returns minus the log-probability of each scored token. Each one
+    # goes back to its place in its row, where all other places are 0.
     nll = torch.nn.functional.cross_entropy(logits, targets[is_scored], reduction="none")  # (N,)
     token_logps = torch.zeros_like(targets, dtype=torch.float)  # (B, T - 1)
     token_logps[is_scored] = -nll
@@ -163,11 +141,8 @@ def completion_logps(model, prompts, completions):
 
 
 def micro_batches(prompts, completions, size):
-    """Split m rows into micro-batches. One call of a model scores one micro-batch.
-
-    Yields (index, prompts, completions) of at most `size` rows. `index` is a tensor
-    of the rows' places among the m rows.
-    """
+    """Split m rows into micro-batches of at most `size` rows. Yields (index, prompts,
+    completions); `index` is a tensor of the rows' places among the m rows."""
     # Rows of similar length share a micro-batch, so that little is padded.
     lengths = [len(x) + len(y) for x, y in zip(prompts, completions, strict=True)]
     longest_first = torch.tensor(lengths).argsort(descending=True)
@@ -185,22 +160,16 @@ def score(model, prompts, completions, micro_batch_size):
 
 
 def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
-    """Steps 2 to 5 on one batch, and the gradient for step 6, which it adds to the
-    policy's `.grad`.
+    """Steps 2 to 5 on one batch. Adds the gradient for step 6 to the policy's `.grad`.
 
     `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m
-    bools}. Its rows must be in random order, so that neighbours rarely have the same
-    prompt. If they had, the mismatched completion would be a real answer to this
-    prompt, and z0 would measure the same as the rewards. The `micro_batch_size`
-    changes the memory that is needed, and the result only by rounding. `settings`
-    are beta, lambda_d and lambda_u. Both models must be in eval mode, because
-    dropout would be noise in r.
+    bools}, in random order: if neighbours had the same prompt, y' would be a real
+    answer to x. `micro_batch_size` rows are in memory at once; it changes the result
+    only by rounding. `settings` are beta, lambda_d and lambda_u. Both models must be in
+    eval mode, because dropout would be noise in r.
 
-    Returns (losses, r, z0, kl, desirable), tensors (m,) without gradient, for
-    `metrics_of`. The one z0 of the step is repeated m times, so that `evaluate` can
-    join the rows of several steps. The kl of a row is
-    log pi_theta(y'|x) - log pi_ref(y'|x), where y' is the completion of the next
-    row. The mean of the m values of kl, clamped at 0, is z0. Under
+    Returns (losses, r, z0, kl, desirable) without gradient, for `metrics_of`: tensors
+    (m,), and the scalar z0. `kl` is the log-ratio of each mismatched pair. Under
     `torch.no_grad()` the step only evaluates. Raises ValueError if m < 2.
     """
     prompts, completions = batch["prompt"], batch["completion"]
@@ -220,10 +189,9 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     # 4. Reference point: z0 comes from the m mismatched pairs.
     z0 = reference_point(policy_next_logps, reference_next_logps)  # ()
 
-    # 5. Loss: the fourth score of step 3 is made here too, because it needs the
-    # gradient. Each micro-batch runs its backward pass before the next one is
-    # scored, so that only one of them is in memory. The sum of their gradients is
-    # the gradient of the mean loss.
+    # 5. Loss: the fourth score of step 3 is made here, with its gradient. Each
+    # micro-batch runs its backward pass before the next one is scored, so that only
+    # one of them is in memory. Their gradients add up to that of the mean loss.
     policy_logps = torch.zeros_like(reference_logps)  # (m,)
     losses = torch.zeros_like(reference_logps)  # (m,)
     for index, x, y in micro_batches(prompts, completions, micro_batch_size):
@@ -236,70 +204,56 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
 
     r = policy_logps - reference_logps  # (m,)
     kl = policy_next_logps - reference_next_logps  # (m,)
-    return losses, r, z0.expand(m), kl, desirable
+    return losses, r, z0, kl, desirable
 
 
 def metrics_of(losses, r, z0, kl, desirable):
-    """The metrics of one step, or of several: means over rows, a dict of floats.
+    """The metrics of a step, a dict of floats, from what `kto_step` returns.
 
-    The arguments are tensors (m,), as `kto_step` returns them. Rewards, margin, z0
-    and kl are in nats and are not multiplied by beta. The reward of a class without
-    rows is None. A desirable row is accurate if r > z0, and an undesirable row if
-    not. At step 0 all r and z0 are 0, so that r > z0 is false everywhere and the
-    accuracy is the share of undesirable rows.
+    Rewards, z0 and kl are in nats, without beta; kl, a mean, is z0 before the clamp.
+    The reward of a class without rows is None. Accuracy: how often r > z0 is the label.
     """
-    reward_desirable = r[desirable].mean().item() if desirable.any() else None
-    reward_undesirable = r[~desirable].mean().item() if not desirable.all() else None
-    margin = None
-    if reward_desirable is not None and reward_undesirable is not None:
-        margin = reward_desirable - reward_undesirable
+
+    def mean(values):
+        return values.float().mean().item() if len(values) > 0 else None
+
     return {
-        "loss": losses.mean().item(),
-        "z0": z0.mean().item(),
-        "kl": kl.mean().item(),
-        "accuracy": ((r > z0) == desirable).float().mean().item(),
-        "reward_desirable": reward_desirable,
-        "reward_undesirable": reward_undesirable,
-        "margin": margin,
+        "loss": mean(losses),
+        "z0": z0.item(),
+        "kl": mean(kl),
+        "accuracy": mean((r > z0) == desirable),
+        "reward_desirable": mean(r[desirable]),
+        "reward_undesirable": mean(r[~desirable]),
     }
 
 
 def train(policy, reference, batches, optimizer, first_step=0, **settings):
-    """The training loop, as a generator: it trains while one iterates over it, and
-    only then.
+    """The training loop, a generator: it trains while one iterates over it.
 
-        policy = AutoModelForCausalLM.from_pretrained(NAME, dtype=torch.float32)
-        policy.eval()  # no dropout
+        policy = AutoModelForCausalLM.from_pretrained(NAME, dtype=torch.float32).eval()
         reference = copy.deepcopy(policy).requires_grad_(False)  # the frozen copy
         optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-6, weight_decay=0.0)
+        batches = [{"prompt": [[5, 6], [7]], "completion": [[8, 0], [9, 9, 0]], "label": [1, 0]}]
         for metrics in train(policy, reference, batches, optimizer, beta=0.1):
             print(metrics["loss"])
 
-    `batches` is an iterable of what `kto_step` takes. `settings` are the keyword
-    arguments of `kto_step`: micro_batch_size, beta, lambda_d and lambda_u. After
-    each update, yields the metrics that were measured before it; the steps are
-    numbered from `first_step`. Raises FloatingPointError before an update whose
-    gradient is infinite or NaN.
+    `batches` is an iterable of what `kto_step` takes, which also takes the `settings`.
+    After each update, yields the metrics from before it; steps count from `first_step`.
+    Raises FloatingPointError before an update whose gradient is infinite or NaN.
     """
-    for step, batch in enumerate(batches, start=first_step):  # 1. Take m rows.
+    for step, batch in enumerate(batches, first_step):  # 1. Take m rows.
         began = time.perf_counter()
         metrics = metrics_of(*kto_step(policy, reference, batch, **settings))  # Steps 2 to 5.
 
         # 6. Update: the gradient is first clipped to a norm of 10 (Table 1).
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=10.0).item()
         if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"step {step}: the gradient's norm is {norm}: start anew with a lower lr"
-            )
+            raise FloatingPointError(f"step {step}: the gradient's norm is {norm}; lower the lr")
         optimizer.step()
         optimizer.zero_grad()
-        yield {
-            "step": step,
-            **metrics,
-            "grad_norm": norm,
-            "lr": optimizer.param_groups[0]["lr"],
-            "seconds": time.perf_counter() - began,  # on cuda the update may go on after this
-        }
+        lr = optimizer.param_groups[0]["lr"]
+        seconds = time.perf_counter() - began
+        yield {"step": step, **metrics, "grad_norm": norm, "lr": lr, "seconds": seconds}
 
 
 # ==== Part two: what a run needs besides. You may stop here: the method is complete.
@@ -309,17 +263,23 @@ class InputError(ValueError):
     """The user's input cannot be used: the message says what, where, what to do."""
 
 
+def require(condition, message):
+    """Raises InputError with this message if the condition does not hold."""
+    if not condition:
+        raise InputError(message)
+
+
 @contextlib.contextmanager
 def errors_about(what):
-    """Turns an error of a library into an InputError that begins with `what`.
-
-    The block holds little more than calls of libraries, on something that the user
-    named. An error elsewhere stays what it is, so that a bug keeps its traceback.
-    """
+    """Turns an error of a library into an InputError that begins with `what`."""
     try:
         yield
     except Exception as error:
         raise InputError(f"{what}: {error}") from error
+
+
+# Older cards only emulate bfloat16, which is slower than float32.
+HAS_BFLOAT16 = torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @dataclasses.dataclass
@@ -330,451 +290,218 @@ class Config:
     model: str = "tiny"  # hub name or folder; "tiny" is a toy that is built and taught here
     data: str = str(Path(__file__).with_name("data_sample.jsonl"))  # JSONL file of feedback
     output: str | None = None  # folder for the result; if not given, kto-MODEL
-    epochs: int = 3  # passes over the data
+    epochs: int | None = None  # passes over the data; if not given, 1, and 3 for "tiny"
     batch_size: int = 32  # m, the rows of one step; 8 to 128 are useful
     micro_batch_size: int | None = None  # rows in one call; if not given, 8, and on cuda what fits
     lr: float | None = None  # peak learning rate; if not given, 5e-6, and 5e-4 for "tiny"
     beta: float = 0.1  # a larger beta keeps the policy nearer the reference
     lambda_d: float = 1.0  # lambda_D, the weight of desirable rows (Eq. 9)
     lambda_u: float = 1.0  # lambda_U, the weight of undesirable rows (Eq. 9)
-    max_prompt_length: int = 512  # tokens; a longer prompt loses its beginning
+    max_prompt_length: int = 1024  # tokens; a longer prompt loses its beginning
     max_completion_length: int = 512  # tokens; a longer completion loses its end
     holdout: float = 0.1  # share of the rows for evaluation; their prompts may be in training too
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto is cuda if there is one, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the card has it
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # or cuda:1, mps
+    dtype: Literal["float32", "bfloat16"] = "bfloat16" if HAS_BFLOAT16 else "float32"
     seed: int = 0  # decides the split, the order of the rows and the tiny model
-    save_every: int = 0  # steps between checkpoints; there is one at the end of each epoch anyway
-    resume: bool = False  # continue from the checkpoint in --output; start if there is none
+    save_every: int = 100  # steps between checkpoints; there is one after each epoch too
+    resume: bool = False  # continue from the checkpoint in --output; begin if there is none
 
 
 def read_flags():
-    """The Config of the command line, completed. --help prints the class above."""
-    parser = transformers.HfArgumentParser(
-        Config,
-        description=inspect.getsource(Config),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    config = Config(**vars(parser.parse_args()))
+    """The Config of the command line, completed. --help prints the class above. InputError
+    if a number is out of range, the data file is missing, or the output folder is in use."""
+    parser = transformers.HfArgumentParser(Config, description=inspect.getsource(Config))
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    [config] = parser.parse_args_into_dataclasses()
 
-    # Every number must be finite and at least 0, and some must be larger.
-    least = {"batch_size": 2, "micro_batch_size": 1, "epochs": 1, "beta": 1e-3, "lr": 1e-9}
-    least |= {"max_prompt_length": 1, "max_completion_length": 1}
+    # A number must be finite and above 0, but some may be 0.
+    least = {"batch_size": 2, "holdout": 0, "lambda_d": 0, "lambda_u": 0, "seed": 0}
     for name, value in vars(config).items():
-        if isinstance(value, (int, float)) and not least.get(name, 0) <= value < math.inf:
-            raise InputError(f"--{name} {value}: must be finite and {least.get(name, 0)} or more")
+        if type(value) in (int, float):
+            require(least.get(name, 1e-9) <= value < math.inf, f"--{name} {value} is impossible")
 
+    # What was not given follows from the model. --resume compares the hash of the data.
+    is_toy = config.model == "tiny"
+    config.epochs = config.epochs or (3 if is_toy else 1)
+    config.lr = config.lr or (5e-4 if is_toy else 5e-6)
     config.output = Path(config.output or f"kto-{Path(config.model).name}")
-    config.lr = config.lr or (5e-4 if config.model == "tiny" else 5e-6)
-    if config.device == "auto":
-        config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.dtype == "auto":  # older cards only emulate bfloat16, which is slower than float32
-        config.dtype = "float32"
-        if "cuda" in config.device and torch.cuda.is_bf16_supported(including_emulation=False):
-            config.dtype = "bfloat16"
+    hint = "from the hub: datasets.load_dataset(NAME)['train'].to_json(FILE)"
+    with errors_about(f"--data ({hint})"), open(config.data, "rb") as file:
+        config.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+
+    # A folder is in use if it holds a model or a log. A run can be resumed if there is a
+    # checkpoint or, after an early kill, a log without a model.
+    log = config.output / "metrics.jsonl"
+    if config.output == Path("kto-tiny") and not config.resume:
+        log.unlink(missing_ok=True)  # the demo may be run again and again
+        return config
+    has_model = any(config.output.glob("*config.json"))
+    can_resume = not has_model or (config.output / "checkpoint.pt").exists()
+    is_free = can_resume if config.resume else not has_model and not log.exists()
+    require(is_free, f"--output {config.output} holds a model or the log of a run: name another")
     return config
 
 
-# ---- The data: a line of the file -> texts -> token ids -> batches ----------------
+# ---- The data: a line of the file -> two texts -> token ids -> batches ------------
 
-A_ROW = """A row is one whole line, and a line is one row: {"prompt": text or messages, \
-"completion": text or [message], "label": true or false}. If the file is one array of rows, write \
-each row on a line of its own, without brackets and commas around it. Write a preference pair as \
-two rows."""
-
-# These columns of a row, and keys of a message, are meant to change what is trained.
-# This file cannot use them, so it refuses them. Other columns are ignored, and
-# `describe` prints their names. Here systemprompt stands for system_prompt and
-# systemPrompt too.
-NOT_SUPPORTED = """
-    system systemprompt systemmessage instruction instructions input context history
-    documents tools functions toolcalls toolinvocations functioncall chattemplatekwargs
-    thought thinking reasoning reasoningcontent reasoningdetails attachments
-    image images imagepath imageurl imageurls video videos audio audios"""
+ROLES = ("system", "developer", "user", "assistant", "tool")
+A_ROW = f"""A row is one line with just these keys: {{"prompt": text or messages, "completion": \
+text or [message], "label": true or false}}. A message has just a role, one of {ROLES}, and a \
+content. Texts are not blank."""
 
 
-def refuse_unsupported(fields):
-    """Raises InputError if a row or a message has a key that must not be ignored, with
-    a value that is not empty."""
-    for key, value in fields.items():
-        name = re.sub(r"[\W_]", "", key.lower())
-        if name in NOT_SUPPORTED.split() and value:
-            raise InputError(f"{key} is not used here: say it in the prompt, or delete it")
-
-
-def parse_row(line):
-    """One line of JSONL, as bytes -> a dict with prompt, completion and label, or
-    InputError."""
-    try:
-        row = json.loads(line.decode("utf-8-sig").rstrip())
-        # This raises ValueError if a text has half of a surrogate pair, such as
-        # "\ud800" alone, which no tokenizer takes.
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 text, so unpack or convert the file: {error}") from error
-    except (ValueError, RecursionError) as error:
-        what = str(error).replace("line 1 column", "column")  # json knows only this one line
-        raise InputError(f"not one row of JSON: {what}") from error
-
-    if not isinstance(row, dict):
-        raise InputError(f"not a JSON object: {row!r:.80}")
-    for key in ("prompt", "completion", "label"):
-        if key not in row:
-            raise InputError(f"no {key} among its keys {list(row)!r:.200}")
-    if row["label"] not in (0, 1):  # false and true are equal to 0 and 1
-        raise InputError(f"label is {row['label']!r:.80}; write true or false, without quotes")
-    refuse_unsupported(row)
-    return row
-
-
-def as_messages(value, role, special):
-    """Returns messages: a text becomes one message, a list stays as it is.
-
-    Raises InputError if this cannot be, or if `special`, the pattern that
-    `special_tokens` returns, is found in a text.
-    """
-    if not isinstance(value, (str, list)) or not value:
-        raise InputError(
-            f"prompt and completion must be texts or messages, not empty: {value!r:.80}"
-        )
-    if isinstance(value, str):
-        # Python, pandas or numpy may have printed a message, or a list of them, as text.
-        a_list = r"(array\()?\[\s*\{\s*[\"'](role|content|from)\b"
-        a_message = r"\{\s*[\"']role[\"']\s*:\s*[\"']\w+[\"']\s*,\s*[\"']content\b"
-        if re.match(f"\\s*({a_list}|{a_message})", value):
-            raise InputError(f"messages must be a list, and not the text of one: {value!r:.80}")
-        value = [{"role": role, "content": value}]
-    for message in value:
-        if not isinstance(message, dict):
-            raise InputError(f"a message must have a role and a content: {message!r:.80}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise InputError(f"the {key} of a message must be a text: {message!r:.80}")
-        if message["role"] not in ("system", "developer", "user", "assistant", "tool"):
-            raise InputError(
-                f"unknown role {message['role']!r:.80}: take for example user or assistant"
-            )
-        refuse_unsupported(message)
-        found = special.search(message["content"])
-        if found:
-            raise InputError(
-                f"{found[0]!r} is a special token or a template's tag: delete or change it, and "
-                "write texts as a person reads them"
-            )
-    return value
-
-
-def special_tokens(tokenizer):
-    """A pattern that finds what does not belong in a text, such as EOS, <|im_start|>
-    and [INST]."""
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    # A text may have been rendered for another model. Therefore the tags of other
-    # models are found too. The wide bar is that of DeepSeek. </s> counts only at the
-    # end of a text, because elsewhere it may be a tag of HTML.
-    of_others = (
-        r"<[|｜][^|｜<>\s]{2,}[|｜]>|<\|turn>|<turn\|>|<(?:start|end)_of_(?:turn|utterance)>",
-        r"<eos>|</s>\s*$|\[/?INST\]|<</?SYS>>",
-    )
-    return re.compile("|".join([*of_others, *map(re.escape, tokens)]))
-
-
-def render(row, tokenizer, special):
-    """A row as the model sees it: {"prompt", "completion", "goes_on"}, three texts.
-
-    goes_on is what the template writes after the prompt when it asks for an answer, and
-    what is not counted to the prompt here. Either the template leaves it out when an
-    answer follows, or the answer of this row begins with it. It is usually empty; with
-    some reasoning models it is <think>.
-
-    Without a chat template, the texts of the row stay as they are, and nothing is
-    put between prompt and completion. With one, see `render_chat`. `special` is the
-    pattern of `special_tokens`. Raises InputError if the row cannot be rendered.
-    """
-    messages = as_messages(row["prompt"], "user", special)
-    answer = as_messages(row["completion"], "assistant", special)
-    if len(answer) != 1 or answer[0]["role"] != "assistant" or not answer[0]["content"].strip():
-        raise InputError(
-            "completion must be a text or one message of the assistant, not blank; "
-            "the messages before it belong to the prompt"
-        )
-    if messages[-1]["role"] == "assistant":
-        raise InputError(
-            "prompt ends with a message of the assistant: move its text to the completion"
-        )
+def turn_tokens(tokenizer):
+    """The texts of the tokens that begin or end a turn: EOS, and the special tokens that
+    the chat template writes around a question and its answer."""
+    turns = [tokenizer.eos_token]
     if tokenizer.chat_template is not None:
-        return render_chat(messages, answer, tokenizer, special)
-    if isinstance(row["prompt"], list) or isinstance(row["completion"], list):
-        raise InputError("messages need a chat template, and this tokenizer has none")
-    return {"prompt": row["prompt"], "completion": row["completion"], "goes_on": ""}
+        chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False)
+        for token in tokenizer.added_tokens_decoder.values():
+            if token.special and token.content in rendered:
+                turns.append(token.content)
+    return turns
 
 
-def render_chat(messages, answer, tokenizer, special):
-    """The three texts of `render`, from the tokenizer's chat template.
+def parse_row(line, turns):
+    """One line of JSONL, as bytes -> (chat, label): a list of messages, the last of which
+    is the answer, and a bool. InputError if a text has one of the `turns`."""
+    with errors_about("not a line of JSON in UTF-8 (unpack or convert the file)"):
+        row = json.loads(line.decode("utf-8-sig"))
+    require(isinstance(row, dict), f"found {row!r:.80}")
+    require(row.keys() == {"prompt", "completion", "label"}, f"found the keys {list(row)!r:.200}")
+    require(row["label"] in (0, 1), f"found the label {row['label']!r:.80}")  # or false, true
 
-    Two renderings are made: `asked` is the chat that waits for an answer, `answered`
-    is the chat with the answer. The prompt is the beginning that both have in common,
-    at most up to the answer's own text. The completion is the rest of `answered`, and
-    goes_on is the rest of `asked`. For example, some templates of reasoning models
-    end `asked` with <think>, which `answered` lacks, and then goes_on is <think>.
-
-    Raises InputError if the template loses or changes a text, writes text after the
-    answer, or writes something before an answer that brings its own <think> block.
-    """
-    with errors_about("the chat template cannot render it"):
-        asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        answered = tokenizer.apply_chat_template(messages + answer, tokenize=False)
-
-    def bare(text):  # without special tokens and white space, as both may be added or changed
-        return "".join(special.sub("", text).split())
-
-    # After the answer's own text, only special tokens and white space may follow.
-    bare_chat, bare_answer = bare(answered), bare(answer[0]["content"])
-    if not bare_chat.endswith(bare_answer):
-        raise InputError(
-            f"the chat template changes the completion, or writes text after it: {answered[-80:]!r}"
-        )
-
-    # The prompt is the longest common beginning of both, but it must end before the
-    # answer's own text. For example, where `asked` ends with <think> and the answer
-    # begins with <think>, the common beginning would take the answer's <think>.
-    before_answer = len(bare_chat) - len(bare_answer)  # bare letters before the answer
-    prompt = asked
-    while not answered.startswith(prompt) or len(bare(prompt)) > before_answer:
-        prompt = prompt[:-1]
-
-    bare_prompt = bare(prompt)
-    for message in messages:
-        if bare(message["content"]) not in bare_prompt:
-            raise InputError(
-                f"the chat template loses or changes this message: {message!r:.80}; write it as "
-                "the template would, for example an earlier answer without its thought, or the "
-                "text of a system message in a message of the user"
-            )
-    completion = answered[len(prompt) :].rstrip()  # no newline after the end token
-    # Some templates write an empty thought before an answer that has none. It is
-    # accepted, and trained as part of the completion. But before an answer that
-    # brings its own thought it would be a second one.
-    if "<think>" in bare_answer and bare(completion) != bare_answer:
-        raise InputError(
-            "the chat template writes something before the thought of the completion: "
-            f"{completion[:80]!r}; leave the thought out, or take another template"
-        )
-    return {"prompt": prompt, "completion": completion, "goes_on": asked[len(prompt) :]}
+    # A text is one message.
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    require(isinstance(prompt, list) and isinstance(completion, list), f"found {row!r:.200}")
+    for message in prompt + completion:
+        is_message = isinstance(message, dict) and message.keys() == {"role", "content"}
+        require(is_message, f"found the message {message!r:.80}")
+        text = message["content"]
+        is_text = isinstance(text, str) and text.strip()
+        require(is_text and message["role"] in ROLES, f"found the message {message!r:.80}")
+        for token in turns:
+            require(token not in text, f"a text has {token!r}, which begins or ends a turn here")
+    is_answer = [message["role"] == "assistant" for message in prompt + completion]
+    has_answer = len(completion) == 1 and is_answer[-2:] == [False, True]
+    require(has_answer, "the completion must be the one answer of the assistant to the prompt")
+    return prompt + completion, bool(row["label"])
 
 
-def read_rows(path, tokenizer):
-    """Stream the rows of a JSONL file as texts. Raises InputError with FILE:LINE."""
-    special = special_tokens(tokenizer)
-    count = 0
-    # The file is read as bytes: as text, a line would also end at a lone \r, and the
-    # numbers of the lines would be wrong.
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.isspace():
-                continue
-            try:
-                row = parse_row(line)
-                texts = render(row, tokenizer, special)
-            except InputError as error:
-                raise InputError(f"{path}:{number}: {error}. {A_ROW}") from error
+def encode(chat, tokenizer, turns):
+    """A chat as token ids: (x, y), where y has an end token. InputError if the chat template
+    loses a text, or writes more than `turns` after the answer."""
+    with errors_about("the chat template or the tokenizer cannot take the row"):
+        is_plain = tokenizer.chat_template is None
+        if is_plain and len(chat) == 2:
+            asked = chat[0]["content"]
+            answered = asked + chat[1]["content"]
+        else:
+            template = tokenizer.apply_chat_template
+            asked = template(chat[:-1], tokenize=False, add_generation_prompt=True)
+            answered = template(chat, tokenize=False).rstrip()
 
-            # `describe` needs two facts: the names of the columns that are not used,
-            # as one text, and whether the completion begins with the whole prompt.
-            not_used = row.keys() - {"prompt", "completion", "label"}
-            beginning = row["completion"][: len(row["prompt"])]
-            facts = {"not_used": "\n".join(not_used), "repeats": beginning == row["prompt"]}
-            yield texts | facts | {"label": bool(row["label"]), "line": number}
-            count += 1
-    if count == 0:
-        raise InputError(f"{path} has no rows. {A_ROW}")
+        # The whole is tokenised at once, because many tokenizers write y differently if it
+        # stands alone. A chat template writes BOS by itself.
+        tokens = tokenizer(answered, add_special_tokens=is_plain, return_offsets_mapping=True)
 
+    # Each text must occur as often as the messages hold it. To find it once is not
+    # enough: a short text that the template has lost may stand in another by chance.
+    bare = "".join(answered.split())  # white space may differ
+    texts = ["".join(message["content"].split()) for message in chat]
+    for text in texts:
+        expected = sum(other.count(text) for other in texts)
+        require(bare.count(text) >= expected, f"the chat template loses or changes {text!r:.80}")
+    for token in turns:
+        bare = bare.replace(token, "")
+    require(bare.endswith(texts[-1]), f"the template goes on after the answer: {answered[-60:]!r}")
 
-def tokenise(texts, tokenizer):
-    """Token ids of many rows: x is each prompt, joined is each prompt with its
-    completion.
-
-    One call with many texts is faster than many calls.
-    """
-    both = [prompt + answer for prompt, answer in zip(texts["prompt"], texts["completion"])]
-    is_plain = tokenizer.chat_template is None  # a chat template writes BOS by itself
-    return {
-        "x": tokenizer(texts["prompt"], add_special_tokens=is_plain).input_ids,
-        "joined": tokenizer(both, add_special_tokens=is_plain).input_ids,
-    }
-
-
-def split_ids(row, tokenizer, place):
-    """Split the token ids of a row into those of prompt and completion: (x, y, goes_on).
-
-    `row` has the texts of `render` and the ids of `tokenise`. `place` is for the
-    InputError that is raised if prompt or completion has no token, or if they cannot
-    be split.
-    """
-    x, joined, goes_on = row["x"], row["joined"], row["goes_on"]
-    if tokenizer.chat_template is None and x[-1:] == [tokenizer.eos_token_id]:
-        x = x[:-1]  # some tokenizers end every text with EOS; after y it is welcome
-
-    # Usually the ids of the joined text begin with x, and y is the rest of them. (y
-    # is not tokenised alone, because some tokenizers put a space before a text that
-    # stands alone.) It is not so if a token of the joined text lies across the
-    # border of prompt and completion. Then there are two cases.
-    #
-    # The first case: goes_on is not empty. At inference the model reads x and then
-    # goes_on, and the border between these two is ours to choose. So the last tokens
-    # of x move to goes_on until the joined ids begin with x. For example, where
-    # `asked` goes on with <think> and `answered` with </think>, what both have in
-    # common ends with a lone "<", which is only a part of a token of `joined`.
-    while goes_on and joined[: len(x)] != x:
-        goes_on = tokenizer.decode(x[-1:]) + goes_on
-        x = x[:-1]
-
-    if joined[: len(x)] == x:
-        y = joined[len(x) :]
-    else:
-        # The second case: goes_on is empty. At inference the model reads exactly x,
-        # so that x must stay, and y is tokenised alone after all. If this changes
-        # the text, the row is refused.
-        y = tokenizer(row["completion"], add_special_tokens=False).input_ids
-        apart = tokenizer.decode(x + y, skip_special_tokens=True)
-        if apart != tokenizer.decode(joined, skip_special_tokens=True):
-            raise InputError(
-                f"{place}: the tokenizer changes the text between prompt and completion, "
-                "usually because it adds a space: move a space "
-                "at the end of the prompt to the completion, or begin the completion with one"
-            )
-    if not x or not y:
-        raise InputError(f"{place}: prompt or completion becomes no token")
-    return x, y, goes_on
-
-
-def closed(y, tokenizer):
-    """The ids y of a completion, with an end token.
-
-    Most chat templates close an answer with a special token. A token is special if
-    `skip_special_tokens` removes it. If the last token is not EOS already, EOS is added
-    in three cases: there is no template, the last token is not special, or it only
-    stands for unknown letters.
-    """
-    last, eos = y[-1:], [tokenizer.eos_token_id]
-    is_plain = tokenizer.chat_template is None
-    is_text = tokenizer.decode(last) == tokenizer.decode(last, skip_special_tokens=True)
-    is_unknown = last == [tokenizer.unk_token_id]
-    if last != eos and (is_plain or is_text or is_unknown):
-        return y + eos
-    return y
-
-
-def encode(row, tokenizer, config):
-    """Turn one row, with the texts of `render` and the ids of `tokenise`, into token
-    ids and facts, or raise InputError.
-
-    The ids are those of the prompt, and those of the completion with an end token.
-    Both are cut to their maximal lengths. The facts are the two lengths before the
-    cut, the end token, the highest id, goes_on, and a digest of all but the label, by
-    which equal answers to equal prompts are found.
-    """
-    x, y, goes_on = split_ids(row, tokenizer, f"{config.data}:{row['line']}")
-    y = closed(y, tokenizer)
-    encoded = {
-        "prompt": x[-config.max_prompt_length :],
-        "completion": y[: config.max_completion_length],
-        "prompt_tokens": len(x),
-        "completion_tokens": len(y),
-        "end_token": y[-1],
-        "highest_id": max(x + y),
-        "goes_on": goes_on,
-    }
-    encoded["digest"] = hashlib.sha256(str(encoded).encode()).hexdigest()
-    return encoded
+    # x is the beginning that both renderings have in common: all of `asked`, but for a
+    # tag such as <think> that the answer lacks. y begins with the first token that ends
+    # beyond the common text, so that a token across the border belongs to y.
+    common = asked
+    while not answered.startswith(common):
+        common = common[:-1]
+    ids, border = tokens.input_ids, 0
+    while border < len(ids) and tokens.offset_mapping[border][1] <= len(common):
+        border += 1
+    x, y = ids[:border], ids[border:]
+    require(x and y, "the prompt or the completion has no token of its own")
+    if tokenizer.convert_ids_to_tokens(y[-1]) not in turns:
+        y.append(tokenizer.eos_token_id)
+    return x, y
 
 
 def load_rows(config, tokenizer, folder):
-    """The rows of --data as token ids, and facts about each: a datasets.Dataset, on
-    disk in `folder`.
+    """The rows of --data as token ids, cut to their maximal lengths, with facts on the
+    uncut rows: a datasets.Dataset in a new `folder`. An InputError has FILE:LINE."""
+    turns = turn_tokens(tokenizer)
 
-    The folder must be new. In a used one, the cache of `datasets` could return older
-    rows.
-    """
-    source = {"path": config.data, "tokenizer": tokenizer}
+    def encoded_rows():
+        x = []
+        with open(config.data, "rb") as file:  # bytes: in a text a lone \r would end a line
+            for number, line in enumerate(file, 1):
+                if line.isspace():
+                    continue
+                try:
+                    chat, label = parse_row(line, turns)
+                    x, y = encode(chat, tokenizer, turns)
+                except InputError as error:
+                    raise InputError(f"{config.data}:{number}: {error}. {A_ROW}") from error
+                yield {
+                    "prompt": x[-config.max_prompt_length :],
+                    "completion": y[: config.max_completion_length],
+                    "label": label,
+                    "prompt_tokens": len(x),
+                    "completion_tokens": len(y),
+                    "end_token": y[-1],
+                    "highest_id": max(x + y),
+                }
+        require(x, f"{config.data} has no rows. {A_ROW}")
+
     try:
-        texts = datasets.Dataset.from_generator(read_rows, cache_dir=folder, gen_kwargs=source)
+        return datasets.Dataset.from_generator(encoded_rows, cache_dir=folder)
     except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__  # what went wrong in read_rows
-
-    settings = {"tokenizer": tokenizer}
-    with errors_about(f"--model {config.model}: its tokenizer cannot encode --data"):
-        rows = texts.map(tokenise, batched=True, fn_kwargs=settings)
-
-    # What `encode` returns replaces prompt, completion and goes_on, and is added to
-    # the other columns.
-    settings["config"] = config
-    return rows.map(encode, fn_kwargs=settings, remove_columns=["x", "joined"])
+        raise error.__cause__  # what went wrong in encoded_rows
 
 
-def training_batches(rows, config, first_step):
-    """Stream the full batches of all epochs from `first_step` on, each epoch in a
-    new order."""
-    m = config.batch_size
-    per_epoch = len(rows) // m
-    for step in range(first_step, config.epochs * per_epoch):
-        epoch, place = divmod(step, per_epoch)
-        if place == 0 or step == first_step:
-            shuffled = rows.shuffle(seed=config.seed + epoch)
-        yield shuffled[place * m : place * m + m]
+def training_batches(rows, config):
+    """Stream the full batches of all epochs, each epoch in a new order."""
+    for epoch in range(config.epochs):
+        order = rows.shuffle(seed=config.seed + epoch)
+        yield from order.iter(config.batch_size, drop_last_batch=True)
 
 
-def describe(facts, training, held_out, tokenizer, config):
-    """Print what will be trained: counts, what is cut or not used, a row as the
-    model sees it.
-
-    `facts` is a pandas table with a line for each row of the file, those that are
-    held out included.
-    """
+def describe(rows, training, held_out, tokenizer, config):
+    """Print what will be trained: counts, what is cut, and a row as the model sees it."""
     n_d = sum(training["label"])
     n_u = len(training) - n_d
-    steps, left_over = divmod(len(training), config.batch_size)
+    cut_x = sum(length > config.max_prompt_length for length in rows["prompt_tokens"])
+    cut_y = sum(length > config.max_completion_length for length in rows["completion_tokens"])
     print(f"rows     n_D = {n_d} desirable and n_U = {n_u} undesirable rows to train on")
     print(f"         {len(held_out)} rows held out, {sum(held_out['label'])} of them desirable")
-    print(f"steps    {steps} an epoch; {left_over} rows are left over in each")
-
-    has_both_labels = facts.groupby("digest").label.nunique() == 2
-    print(f"labels   {has_both_labels.sum()} answers have both labels")
-    print(f"         {facts.repeats.sum()} completions begin with their whole prompt")
-    not_used = sorted(set("\n".join(facts.not_used).split("\n")) - {""}) or ["none"]
-    print(f"columns  not used: {', '.join(not_used)}")
-
-    cut_x = facts.prompt_tokens > config.max_prompt_length
-    cut_y = facts.completion_tokens > config.max_completion_length
-    print(f"cut      {cut_x.sum()} prompts lose their beginning (BOS, system messages)")
-    print(f"         {cut_y.sum()} completions lose their end (see --max_completion_length)")
-    if cut_y.mean() > 0.5:
-        print("WARNING  most completions are cut, so that the model does not learn to end")
+    print(f"cut      {cut_x} prompts lose their beginning (see --max_prompt_length)")
+    print(f"         {cut_y} completions lose their end (see --max_completion_length)")
 
     weight_d, weight_u = config.lambda_d * n_d, config.lambda_u * n_u
-    if weight_d * weight_u == 0:
-        print("WARNING  a class has no rows or no weight: KTO only imitates, or only unlearns")
-    else:
-        print(f"balance  lambda_D n_D / (lambda_U n_U) = {weight_d / weight_u:.3g}; Eq. 9 wants")
-        print(f"         1 to 1.5: --lambda_d {weight_u / n_d:.4g} to {1.5 * weight_u / n_d:.4g}")
-
-    row = training[0]
-    template = "without a" if tokenizer.chat_template is None else "with the tokenizer's"
-    print(f"a row    as the model sees it, {template} chat template:")
-    print(f"  prompt      {tokenizer.decode(row['prompt'])!r}")
-    print(f"  completion  {tokenizer.decode(row['completion'])!r}")
-    if row["goes_on"]:
-        print(f"  At inference, the prompt goes on with {row['goes_on']!r}.")
+    advised = weight_u / max(n_d, 1)
+    print(f"balance  lambda_D n_D = {weight_d:g}, lambda_U n_U = {weight_u:g}: Eq. 9 wants")
+    print(f"         --lambda_d {advised:.4g} to {1.5 * advised:.4g}")
+    print(f"a row    {tokenizer.decode(training[0]['prompt'])!r}")
+    print(f"      -> {tokenizer.decode(training[0]['completion'])!r}")
 
 
 # ---- The models -------------------------------------------------------------------
 
 
 def tiny_model(config, tokenizer, training):
-    """A toy: a small Llama, taught the undesirable rows and every fifth row.
-
-    In the sample, the desirable completions are polite. So the toy finds most polite
-    words unlikely. At first, KTO makes them likelier after any prompt, so also in the
-    mismatched pairs, and one can see z0 rise.
-    """
+    """A toy: a small Llama, made rude by the undesirable rows and every fifth row. KTO makes
+    polite words likelier, at first after any prompt, and so one can see z0 rise."""
     torch.manual_seed(config.seed)
     torch.set_num_threads(1)  # more threads would only wait for each other at this size
     settings = transformers.LlamaConfig(
@@ -801,168 +528,77 @@ def tiny_model(config, tokenizer, training):
 
 
 def load_tokenizer(config):
-    """The tokenizer of --model, which must have an end token; InputError if not."""
+    """The tokenizer of --model, or InputError."""
     if config.model == "tiny":  # a small one, trained on the raw JSON lines of the data
         lines = Path(config.data).read_text("utf-8", "replace").splitlines()
-        with errors_about("--model tiny needs transformers 5"):
-            empty = transformers.GPT2Tokenizer(eos_token="<|end|>")
+        empty = transformers.GPT2Tokenizer(eos_token="<|end|>")
         return empty.train_new_from_iterator(lines, vocab_size=2048, show_progress=False)
     with errors_about(f"--model {config.model} (offline? give a folder)"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"--model {config.model}: its tokenizer has no EOS token; give it one")
+    require(
+        tokenizer.eos_token and tokenizer.is_fast, "--model: its tokenizer lacks EOS or offsets"
+    )
     return tokenizer
 
 
-def load_model(config, tokenizer, training, facts, dtype=torch.float32):
-    """The causal model --model, whose generation config gets the end tokens of all rows,
-    which are in `facts`. InputError if weights or embeddings are missing.
-
-    `training`, the rows to train on, is for the tiny model only. `dtype` is that of the
-    weights; --dtype is that of the forward passes. The README's script for LoRA asks for
-    bfloat16 here, because it does not train these weights.
-    """
+def load_model(config, tokenizer, rows, training, dtype=torch.float32):
+    """The causal model --model on --device, its weights in `dtype`. InputError if weights
+    or embeddings are missing. Only the tiny model needs `tokenizer` and `training`."""
     if config.model == "tiny":
-        return tiny_model(config, tokenizer, training)
-    name = f"--model {config.model}"
+        return tiny_model(config, tokenizer, training).to(config.device)
+    name = f"--model {config.model} on --device {config.device}"
     with errors_about(name):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=dtype, output_loading_info=True
         )
-    # From the folder of an adapter, transformers loads a model whose weights are all
-    # frozen.
-    if model.num_parameters(only_trainable=True) == 0:
-        raise InputError(f"{name} is an adapter: merge it first, as the README does")
-    if info["missing_keys"]:
-        raise InputError(f"{name} lacks the weights {sorted(info['missing_keys'])}")
-    if facts.highest_id.max() >= model.get_input_embeddings().num_embeddings:
-        raise InputError(f"{name} has fewer embeddings than its tokenizer has ids")
-
-    # A base model with a chat template learns an end token that is not its own. Its
-    # generation config must know this token, so that answers stop there.
-    generation = model.generation_config
-    known = generation.eos_token_id
-    if not isinstance(known, list):
-        known = [known]
-    ends = {*known, *facts.end_token} - {None}
-    if ends != set(known):
-        generation.eos_token_id = sorted(ends)
-        # Some generation configs have a fault. Once such a config has been changed,
-        # transformers refuses to save it. The user must know it now, and not after
-        # the training.
-        with errors_about(f"{name}: mend its generation_config.json, or delete it"):
-            generation.validate(strict=True)
+        model.to(config.device)
+    require(not info["missing_keys"], f"{name} lacks the weights {sorted(info['missing_keys'])}")
+    known_ids = model.get_input_embeddings().num_embeddings
+    require(max(rows["highest_id"]) < known_ids, f"{name} has no embedding for some of the tokens")
     return model
 
 
-def check_model(model, x, y, config):
-    """Raises InputError if the longest prompt x with the longest completion y is too long
-    for the model, if log-probabilities are not finite, or if the model is not causal.
-
-    Its weights must be in float32: the comparison below is too fine for bfloat16.
-    """
-    # `show_answers` writes up to 64 tokens. The few tokens of goes_on are neglected.
-    length = len(x) + max(len(y), 64)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and length > limit:
-        raise InputError(
-            f"--model takes {limit} tokens, not {length}: "
-            "lower --max_prompt_length or --max_completion_length"
-        )
-
-    # completion_logps uses no mask, because padding on the right makes no difference
-    # to a causal model. Here the first token of y is scored alone, and then in a
-    # batch that pads it. This runs before `two_models` sets up bfloat16, which would
-    # round differently for other lengths.
-    alone = score(model, [x], [y[:1]], 1)
-    padded = score(model, [x, x], [y[:1], y], 2)
-    if not padded.isfinite().all():
-        raise InputError(f"--model {config.model}: its log-probabilities are infinite or NaN")
-    if not torch.allclose(alone, padded[:1], atol=1e-3):
-        raise InputError(f"--model {config.model} is not causal: it looks to the right")
+def load_models(config, tokenizer, rows, training):
+    """(policy, reference): --model in eval mode, without dropout, and its frozen copy."""
+    policy = load_model(config, tokenizer, rows, training).eval()
+    return policy, copy.deepcopy(policy).requires_grad_(False)
 
 
-def two_models(policy, config):
-    """(policy, reference): the model and its frozen copy, with forward passes in
-    --dtype."""
-    reference = copy.deepcopy(policy).requires_grad_(False)
+def rehearse(policy, reference, rows, config):
+    """Try the largest step that can occur, and return the micro_batch_size with which it
+    fits into memory: --micro_batch_size, halved until it fits. InputError if none does."""
+    # The longest prompt and the longest completion may meet in a mismatched pair.
+    x = max(rows["prompt"], key=len)
+    y = max(rows["completion"], key=len)
+    length = len(x) + len(y)
+    advice = "lower --max_prompt_length or --max_completion_length"
+    limit = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    require(not limit or length <= limit, f"--model takes {limit} tokens, not {length}: {advice}")
 
-    # bfloat16 is for the forward passes; weights stay float32, so that small updates
-    # are not lost. autocast is set up after the copy: a copy of a wrapped forward
-    # would still call the policy.
-    if config.dtype == "bfloat16":
-        for model in (policy, reference):
-            model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
-    return policy, reference
-
-
-def load_models(config, tokenizer, training, facts, x, y):
-    """(policy, reference) of --model, checked with the longest prompt x and the
-    longest completion y."""
-    model = load_model(config, tokenizer, training, facts)
-    with errors_about(f"--device {config.device}"):
-        model.to(config.device).eval()  # eval mode: no dropout, which would be noise in r
-    check_model(model, x, y, config)
-    return two_models(model, config)
-
-
-def rehearse(policy, reference, x, y, config):
-    """Try the step that needs the most memory, and return the micro_batch_size that
-    fits into memory.
-
-    `x` is the longest prompt and `y` is the longest completion. The first size that is
-    tried is --micro_batch_size. If it is not given, it is the whole batch on cuda, and 8
-    elsewhere. On cuda it is halved until a step fits. This changes no result but for
-    rounding, because z0 and the loss are means over all rows of a batch. Raises
-    InputError if not even one row fits.
-    """
-    default = config.batch_size if "cuda" in config.device else 8
-    size = min(config.micro_batch_size or default, config.batch_size)
-    # AdamW will need two numbers for each trained weight. Their place is held until
-    # the function returns.
+    # AdamW will need two numbers for each trained weight: their place is held meanwhile.
     trained = policy.num_parameters(only_trainable=True)
     _reserved = torch.empty(2, trained, device=policy.device)
+    default = config.batch_size if "cuda" in config.device else 8
+    size = min(config.micro_batch_size or default, config.batch_size)
     while True:
-        # Try two micro-batches if a batch has more than one: during the second, the
-        # gradients of the first are in memory already.
+        # Two micro-batches: the second runs beside the gradients of the first.
         m = min(2 * size, config.batch_size)
         batch = {"prompt": [x] * m, "completion": [y] * m, "label": [True] * m}
         try:
             kto_step(policy, reference, batch, size)
             return size
         except torch.OutOfMemoryError:
-            if size == 1:
-                raise InputError(
-                    f"out of memory with one row of {len(x + y)} tokens: "
-                    "lower --max_prompt_length and --max_completion_length, or take a smaller model"
-                ) from None
+            require(size > 1, f"out of memory with {length} tokens in a row: {advice}")
         finally:
             policy.zero_grad()
-        torch.cuda.empty_cache()
         size //= 2
 
 
 # ---- The run ----------------------------------------------------------------------
 
 
-def decisive_settings(config, facts, policy):
-    """The settings that decide the result of a run, and digests of its rows and of the
-    policy's first weights, which stand for --data and --model. A resumed run must have
-    the same. All other settings change the result by rounding at most."""
-    names = """epochs batch_size lr beta lambda_d lambda_u max_prompt_length
-        max_completion_length holdout dtype seed"""
-    rows = hashlib.sha256(facts[["digest", "label"]].to_csv().encode()).hexdigest()
-    weights = sum(torch.hash_tensor(weight.cpu()).item() for weight in policy.parameters())
-    settings = {name: getattr(config, name) for name in names.split()}
-    return settings | {"rows": rows, "weights": weights}
-
-
 def save_checkpoint(path, parts, **others):
-    """Save the state of each part, and the values of `others`.
-
-    The file is written under another name first, so that a broken one replaces no
-    good one.
-    """
+    """Save the states of `parts`, and `others`. A broken file replaces no good one."""
     state = {name: part.state_dict() for name, part in parts.items()}
     partial = path.with_suffix(".partial")
     with errors_about(f"{partial} cannot be written, perhaps because the disk is full"):
@@ -970,154 +606,9 @@ def save_checkpoint(path, parts, **others):
         partial.replace(path)
 
 
-def load_checkpoint(path, parts, decisive):
-    """Restore the states of `parts`. Returns the step, and the size of the log at
-    that time. Raises InputError with the name of a decisive setting that differs."""
-    with errors_about(f"--resume cannot read {path}"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        earlier = state["decisive"]
-    for name, value in decisive.items():
-        if earlier.get(name) == value:
-            continue
-        if name == "rows":
-            raise InputError(
-                "--resume: the rows are not the same: --data or the tokenizer has changed, "
-                "or the chat template writes the date"
-            )
-        if name == "weights":
-            raise InputError("--resume: the weights that --model has are not those of before")
-        raise InputError(f"--resume: {name} was {earlier.get(name)}, and now it is {value}")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state["step"], state["log"]
-
-
-@torch.no_grad()
-def evaluate(policy, reference, held_out, batch_size, **settings):
-    """The metrics of the held-out rows, in batches like those of training."""
-    steps = []
-    for batch in held_out.iter(batch_size):
-        if len(batch["label"]) > 1:  # a last batch of one row is left out
-            steps.append(kto_step(policy, reference, batch, **settings))
-    joined = [torch.cat(parts) for parts in zip(*steps)]  # losses, r, z0, kl, desirable
-    metrics = metrics_of(*joined)
-    return {f"eval_{name}": value for name, value in metrics.items()}
-
-
-def note_signals():
-    """From now on the first Ctrl-C or SIGTERM is only noted, in the list that is returned.
-    A second one ends the process at once."""
-    signals = []
-
-    def note(number, frame):
-        signals.append(number)
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # in "kto.py 2>&1 | tee FILE", Ctrl-C ends tee too
-            os.write(2, b"\nThe run saves after this step and ends. A second signal ends it now.\n")
-
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, note)
-    return signals
-
-
-def start_or_resume(config, checkpoint, parts, decisive):
-    """Load the checkpoint if the run resumes, and delete it if not.
-
-    Returns the step to begin with, and the open log without the lines of later
-    steps.
-    """
-    step, log_size = 0, 0
-    if config.resume and checkpoint.exists():
-        step, log_size = load_checkpoint(checkpoint, parts, decisive)
-    else:
-        checkpoint.unlink(missing_ok=True)  # it can only be that of a demo: see `check_places`
-    config.output.mkdir(parents=True, exist_ok=True)
-    log = open(config.output / "metrics.jsonl", "a", buffering=1)
-    log.truncate(min(log.tell(), log_size))  # min: truncate would fill up a shorter log with zeros
-    return step, log
-
-
-def optimizer_and_schedule(policy, steps, config):
-    """The paper names AdamW and the learning rate. That there is no weight decay is our
-    choice, and so is the schedule: a tenth of the steps to warm up, then a cosine down to
-    a tenth of this rate."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    schedule = transformers.get_scheduler(
-        "cosine_warmup_with_min_lr", optimizer, steps // 10, steps, {"min_lr_rate": 0.1}
-    )
-    return optimizer, schedule
-
-
-def run(policy, reference, training, held_out, config, decisive):
-    """Train, with log, chart, evaluation, checkpoints and signals."""
-    per_epoch = len(training) // config.batch_size
-    steps = config.epochs * per_epoch
-
-    optimizer, schedule = optimizer_and_schedule(policy, steps, config)
-    parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
-    checkpoint = config.output / "checkpoint.pt"
-    step, log = start_or_resume(config, checkpoint, parts, decisive)
-
-    signals = note_signals()
-    is_saved = step > 0  # whether a checkpoint of this very step exists
-    is_epoch_end = is_saved and step % per_epoch == 0  # a run may resume at such an end
-    names = ("beta", "lambda_d", "lambda_u", "micro_batch_size")
-    settings = {name: getattr(config, name) for name in names}
-    batches = training_batches(training, config, step)
-    training_steps = train(policy, reference, batches, optimizer, step, **settings)
-    # This is the heading of the lines that `chart` draws.
-    print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
-    bar = tqdm(initial=step, total=steps, disable=None)
-    # At the top of the loop, `step` steps are done. A signal may end the run only
-    # where a checkpoint of this very step exists.
-    while True:
-        # The checkpoint of the epoch was saved before this evaluation. A run that
-        # resumes from it cuts the log back to that moment and evaluates again, so that
-        # the line is not there twice.
-        if is_epoch_end and len(held_out) > 1 and not signals:
-            metrics = evaluate(policy, reference, held_out, config.batch_size, **settings)
-            print(json.dumps({"step": step, **metrics}), file=log)
-            loss, accuracy = metrics["eval_loss"], metrics["eval_accuracy"]
-            bar.write(f"held out: loss {loss:.3f}, accuracy {accuracy:.2f}")
-        if is_saved and signals:
-            raise SystemExit(128 + signals[0])
-        if step == steps:
-            break
-
-        # The generator of part one does one step, and its metrics go to the log.
-        # metrics["step"] is the number of steps before this one, since the metrics
-        # were measured before its update.
-        metrics = next(training_steps)
-        schedule.step()
-        step += 1
-        print(json.dumps(metrics), file=log)
-
-        # If nothing is saved here, a later signal waits for the next step.
-        is_epoch_end = step % per_epoch == 0
-        is_due = config.save_every > 0 and step % config.save_every == 0
-        is_saved = bool(signals) or is_epoch_end or is_due
-        if is_saved:
-            save_checkpoint(checkpoint, parts, step=step, log=log.tell(), decisive=decisive)
-
-        # This is shown after the checkpoint is saved, because it fails if the program
-        # that reads it, such as tee, has ended.
-        bar.update()
-        bar.set_postfix({name: metrics[name] for name in ("loss", "z0", "margin")})
-        if metrics["step"] % math.ceil(steps / 16) == 0:
-            bar.write(chart(metrics, config.beta))
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here a signal ends it at once
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def chart(metrics, beta):
-    """A line of the chart, an axis of r with 0 in the middle, on which one place is
-    0.1 / beta nats: D and U, the mean of each class, and z, which is z0.
-
-    In the same place D covers U, and U covers z. What lies beyond an end of the axis
-    is drawn at this end.
-    """
+    """A line of the chart: z0 and the mean r of each class, on an axis with 0 in the middle
+    and 0.1 / beta nats a place. D covers U, and U covers z."""
     marks = {"z": "z0", "U": "reward_undesirable", "D": "reward_desirable"}
     line = ["."] * 71
     for mark, name in marks.items():
@@ -1126,103 +617,122 @@ def chart(metrics, beta):
     return f"{metrics['step']:6} {''.join(line)}"
 
 
-def check_places(config):
-    """InputError if the data file is missing, if the output folder is in use, or if
-    there are several processes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("one process, please: the README says how to use several GPUs")
-    if not Path(config.data).exists():
-        raise InputError(
-            f"--data {config.data}: no such file. For a set on the hub write one: "
-            "datasets.load_dataset(NAME, split='train').to_json(FILE)"
-        )
-    if (config.model, config.output.name) == ("tiny", "kto-tiny"):
-        return  # the demo may be run again and again
+def run(policy, reference, training, held_out, config):
+    """The training loop of part one, with log, chart, evaluation and checkpoints."""
+    per_epoch = len(training) // config.batch_size
+    steps = config.epochs * per_epoch
 
-    # A folder with a checkpoint holds a run that has not ended, so it may go on. A
-    # run that was stopped before its first checkpoint leaves only metrics.jsonl, so it
-    # may start again with --resume. A finished run leaves a model with files that end
-    # with .json, which must not be overwritten.
-    if config.resume and (config.output / "checkpoint.pt").exists():
-        return
-    if any(config.output.glob("*.json" if config.resume else "*")):
-        raise InputError(
-            f"{config.output} is in use: name another or delete it; "
-            "only a run that has not ended goes on with --resume"
-        )
+    # AdamW is the paper's. No weight decay is our choice, and so is the schedule: a
+    # tenth of the steps to warm up, then a cosine down to a tenth of the rate.
+    trained = torch.nn.ParameterList(w for w in policy.parameters() if w.requires_grad)
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0, fused=True)
+    schedule = transformers.get_scheduler(
+        "cosine_warmup_with_min_lr", optimizer, steps // 10, steps, {"min_lr_rate": 0.1}
+    )
+
+    # A run may be killed at any time. With --resume it goes on from the last checkpoint,
+    # and the log loses the lines of later steps. A new run must create its log ("x").
+    checkpoint = config.output / "checkpoint.pt"
+    parts = {"weights": trained, "optimizer": optimizer, "schedule": schedule}
+    may_differ = ("data", "output", "device", "micro_batch_size", "save_every", "resume")
+    settings = {name: value for name, value in vars(config).items() if name not in may_differ}
+    step, log_size = 0, 0
+    if config.resume and checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        changed = [name for name in settings if settings[name] != state["settings"][name]]
+        require(not changed, f"--resume: {', '.join(changed)} must be as before")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        step, log_size = state["step"], state["log_size"]
+    config.output.mkdir(parents=True, exist_ok=True)
+    log = open(config.output / "metrics.jsonl", "a" if config.resume else "x", buffering=1)
+    log.truncate(log_size)
+    print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
+    names = ("beta", "lambda_d", "lambda_u", "micro_batch_size")
+    of_step = {name: getattr(config, name) for name in names}
+    batches = itertools.islice(training_batches(training, config), step, None)
+    all_metrics = train(policy, reference, batches, optimizer, step, **of_step)
+    bar = tqdm(all_metrics, initial=step, total=steps, disable=None)
+    for metrics in bar:
+        schedule.step()
+        print(json.dumps(metrics), file=log)
+        if step % math.ceil(steps / 16) == 0:
+            bar.write(chart(metrics, config.beta))
+
+        # The held-out rows are one large batch, with one z0.
+        step += 1
+        is_epoch_end = step % per_epoch == 0
+        if is_epoch_end and len(held_out) > 1:
+            with torch.no_grad():
+                metrics = metrics_of(*kto_step(policy, reference, held_out[:], **of_step))
+            print(json.dumps({"step": step, "held_out": metrics}), file=log)
+            bar.write(f"held out: loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.2f}")
+        if is_epoch_end or step % config.save_every == 0:
+            save_checkpoint(checkpoint, parts, step=step, log_size=log.tell(), settings=settings)
 
 
-def show_answers(policy, reference, tokenizer, rows):
-    """Print greedy answers to the prompts of some rows, before and after the
-    training."""
-    for prompt, goes_on in zip(rows["prompt"], rows["goes_on"]):
+def show_answers(policy, reference, tokenizer, prompts, ends):
+    """Print greedy answers to some prompts, before and after the training."""
+    # A config of our own takes the place of the models' own, which may sample.
+    policy.generation_config = reference.generation_config = transformers.GenerationConfig(
+        max_new_tokens=64, eos_token_id=ends, pad_token_id=ends[0]
+    )
+    for prompt in prompts:
         print("\n" + tokenizer.decode(prompt, skip_special_tokens=True))
-        asked = prompt + tokenizer(goes_on, add_special_tokens=False).input_ids
-        ids = torch.tensor([asked], device=policy.device)
-        mask = torch.ones_like(ids)  # without one, tokens like the padding would be left out
+        ids = torch.tensor([prompt], device=policy.device)
         for name, model in (("before", reference), ("after", policy)):
-            generated = model.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False)
-            answer = tokenizer.decode(generated[0, len(asked) :], skip_special_tokens=True)
+            generated = model.generate(ids, attention_mask=torch.ones_like(ids))
+            answer = tokenizer.decode(generated[0, len(prompt) :], skip_special_tokens=True)
             print(f"  {name:6} {answer.strip()}")
 
 
-def main(models):
-    """A run, from the flags to the answers.
-
-    `models` is a function that takes what `load_models` takes, and returns policy
-    and reference. The README has another one, for LoRA.
-    """
+def main(models=load_models):
+    """A run, from the flags to the answers. (The README's LoRA script has other `models`.)"""
+    require(os.environ.get("WORLD_SIZE", "1") == "1", "for several GPUs see the README")
     config = read_flags()
-    check_places(config)
     tokenizer = load_tokenizer(config)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         rows = load_rows(config, tokenizer, folder)
-        facts = rows.remove_columns(["prompt", "completion"]).to_pandas()
         count = math.ceil(len(rows) * config.holdout)
-        if len(rows) - count < config.batch_size:
-            raise InputError(
-                f"--data has {len(rows)} rows and {count} are held out; the rest is less than "
-                f"one batch: lower --batch_size {config.batch_size} or --holdout"
-            )
+        require(len(rows) - count >= config.batch_size, f"{len(rows)} rows are too few for a batch")
         shuffled = rows.shuffle(seed=config.seed)
         training, held_out = shuffled.skip(count), shuffled.take(count)
-        describe(facts, training, held_out, tokenizer, config)
+        describe(rows, training, held_out, tokenizer, config)
 
-        # x is the longest prompt and y the longest completion, after they were cut.
-        # They are usually of two rows, but may meet as a mismatched pair.
-        x = rows[facts.prompt_tokens.argmax()]["prompt"]
-        y = rows[facts.completion_tokens.argmax()]["completion"]
-        policy, reference = models(config, tokenizer, training, facts, x, y)
-        config.micro_batch_size = rehearse(policy, reference, x, y, config)
-        print(f"model    {config.model}, {policy.num_parameters():,} weights, {config.dtype}")
-        print(f"memory   {config.micro_batch_size} rows fit, the longest were tried")
+        # Weights stay float32: small updates must not be lost. A cache would keep old ones.
+        policy, reference = models(config, tokenizer, rows, training)
+        is_on = config.dtype == "bfloat16"
+        with torch.autocast(policy.device.type, torch.bfloat16, is_on, cache_enabled=False):
+            config.micro_batch_size = rehearse(policy, reference, rows, config)
+            print(f"memory   {config.micro_batch_size} of the longest rows fit, in {config.dtype}")
+            run(policy, reference, training, held_out, config)
 
-        decisive = decisive_settings(config, facts, policy)
-        checkpoint = config.output / "checkpoint.pt"
-        try:
-            run(policy, reference, training, held_out, config, decisive)
-            with errors_about(f"--output {config.output} cannot be written"):
-                policy.save_pretrained(config.output)
-                tokenizer.save_pretrained(config.output)
-            checkpoint.unlink()
-            print(f"\nThe result is saved in {config.output}.")
-        finally:  # also if the run was stopped, or ends with an error
-            if checkpoint.exists():
-                print(f"\nThe last checkpoint is {checkpoint}. Unless an error below says")
-                print("otherwise, the same command with --resume goes on from there.")
-        show_answers(policy, reference, tokenizer, held_out[:3])
+        # The saved model must end its answers as the rows do. A generation config that
+        # lacks an end token is replaced, because one with a fault cannot be saved again.
+        ends = sorted({tokenizer.eos_token_id, *rows["end_token"]})
+        known = policy.generation_config.eos_token_id
+        if not set(ends) <= set(known if isinstance(known, list) else [known]):
+            fresh = transformers.GenerationConfig.from_model_config(policy.config)
+            fresh.eos_token_id = ends
+            policy.generation_config = fresh
+        policy.save_pretrained(config.output)
+        tokenizer.save_pretrained(config.output)
+        (config.output / "checkpoint.pt").unlink()
+        print(f"\nThe result is saved in {config.output}.")
+        show_answers(policy.eval(), reference, tokenizer, held_out[:3]["prompt"], ends)
 
 
 def command(models=load_models):
-    """`main` as a command: an error that the user can mend is printed without a
-    traceback."""
-    sys.stdout.reconfigure(errors="replace")  # for consoles that lack a character
+    """`main` as a command: what the user can mend is one line, without a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout cannot be reconfigured
+        sys.stdout.reconfigure(errors="replace")  # for consoles that lack a character
     try:
         main(models)
     except (InputError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("\nStopped. The same command with --resume goes on from the last checkpoint.")
         sys.exit(130)
 
 
