@@ -12,8 +12,8 @@ desirable or undesirable. One training step does this:
      the completion's tokens.
   4. Reference point: a mean over the m pairs (x, y').                         §4.1
          z0 = max(0, mean of (log pi_theta(y'|x) - log pi_ref(y'|x)))
-  5. Loss: lambda_y - v for each row, with the reward r and the value v. By the
-     label, lambda_y is lambda_D or lambda_U.                                  Eq. 8
+  5. Loss: lambda_y - v for each row, with the reward r and the value v. lambda_y is
+     lambda_D or lambda_U, by the label.                                       Eq. 8
          r = log pi_theta(y|x) - log pi_ref(y|x)
          v = lambda_D * sigmoid(beta * (r - z0))      if y is desirable
          v = lambda_U * sigmoid(beta * (z0 - r))      if y is undesirable
@@ -21,8 +21,8 @@ desirable or undesirable. One training step does this:
      Where r is far from z0, sigmoid is flat, and the row has almost no gradient.
      A larger beta makes it flat nearer to z0.
 
-Only the policy's score of (x, y) has a gradient; the three others run without one. If
-the GPU computes in bfloat16, all four do so, by autocast. The weights stay float32.
+Only the policy's score of (x, y) has a gradient; the three others run without one.
+With --dtype bfloat16, `main` runs all four under autocast, without its cache.
 
   in the paper          here                what it is
   pi_theta, pi_ref      policy, reference   the model in training, its frozen copy
@@ -67,7 +67,7 @@ def kto_loss(policy_logps, reference_logps, z0, desirable, beta=0.1, lambda_d=1.
     """The KTO loss of each row, lambda_y - v(x, y): a tensor (B,), not averaged (Eq. 8).
 
     `policy_logps` and `reference_logps` are tensors (B,): log pi(y|x), in nats. `z0` is
-    from `reference_point`. `desirable` is a bool tensor (B,); if not, RuntimeError.
+    from `reference_point`. `desirable` is a tensor (B,), RuntimeError if not of bools.
     """
     r = policy_logps - reference_logps  # (B,)
     v_desirable = lambda_d * torch.sigmoid(beta * (r - z0))  # (B,)
@@ -84,12 +84,12 @@ def reference_point(policy_next_logps, reference_next_logps):
 
     A reward r is good or bad only in comparison. KTO compares it with this KL, the mean
     of r over answers that the policy itself would write. To sample such answers is slow,
-    so completions of other rows stand in for them. (A row's own y may not: it is in
-    the data because it is good or bad for x.) The policy would not write all of these,
-    so their mean tends to be too low. The clamp raises it: a KL is never negative.
+    so completions of other rows stand in for them. (A row's own y must not: it is in
+    the data because it is good or bad for x.) The policy would seldom write these, so
+    their mean r tends to be too low. The clamp raises it: a KL is never negative.
 
-    The mean is over all rows of a step: how many fit into memory must change no result.
-    z0 has no gradient: the policy must not gain by moving what r is compared with.
+    The mean is over all rows of a step, not of a micro-batch. z0 has no gradient: the
+    policy must not gain by moving what r is compared with.
     """
     return (policy_next_logps - reference_next_logps).mean().clamp(min=0).detach()
 
@@ -98,15 +98,14 @@ def completion_logps(model, prompts, completions):
     """log pi(y|x) of each row: (B,), float32, in nats, the sum over y's tokens.
 
     `model` is a causal LM of transformers. `prompts` and `completions` are two lists
-    of B lists of token ids, not padded. A completion that was not cut ends with an end
-    token, which is scored like any other: EOS, or what ends a turn in the chat template.
-    Raises ValueError if a prompt is empty or the lists differ in length.
+    of B lists of token ids, not padded. The caller has put an end token (EOS, or what ends
+    a turn in the chat template) at the end of each completion; it is scored like any
+    other token. Raises ValueError if a prompt is empty or the lists differ in length.
     """
     if not all(prompts):
         raise ValueError("a prompt has no tokens: the first completion token needs one before it")
 
-    # A row is x, then y, then padding. A causal model never looks to the right, so no
-    # attention mask is needed.
+    # `ids` has x, y, then padding. A causal model never looks right: no mask is needed.
     rows = [torch.tensor([*x, *y]) for x, y in zip(prompts, completions, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)  # (B, T)
 
@@ -114,7 +113,7 @@ def completion_logps(model, prompts, completions):
     #     outputs at  a   b   c
     #     targets     b   c   d        the same row, one token further on
     #     is_scored   0   1   1        1 where the target belongs to y
-    # Token ids do not matter: an end token counts even if padding has the same id.
+    # Places decide, not ids: an end token is scored even if padding has the same id.
     targets = ids[:, 1:]  # (B, T - 1)
     is_scored = torch.zeros_like(targets, dtype=torch.bool)  # (B, T - 1)
     for row, x, y in zip(is_scored, prompts, completions):  # each row is a view of is_scored
@@ -124,8 +123,8 @@ def completion_logps(model, prompts, completions):
     # Without the hook below one would write
     #     logits = model(input_ids=ids).logits[:, :-1][is_scored]
     # The model's head would then turn the hidden state of every position into V logits,
-    # the largest tensor of all, and most would be thrown away. The hook runs before the
-    # head, and what it returns becomes the head's input.
+    # the largest tensor of all, and most would be thrown away. In the `with` block, the
+    # hook runs before the head, and what it returns becomes the head's input.
     def keep_scored(head, inputs):
         return inputs[0][:, :-1][is_scored]  # (B, T, H) -> (N, H)
 
@@ -160,7 +159,7 @@ def score(model, prompts, completions, micro_batch_size):
 
 
 def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
-    """Steps 2 to 5 on one batch. Adds the gradient for step 6 to the policy's `.grad`.
+    """Steps 2 to 5 on one batch. Adds the gradient for step 6 to the parameters' `.grad`.
 
     `batch` is {"prompt": m lists of token ids, "completion": m lists, "label": m
     bools}, in random order: if neighbours had the same prompt, y' would be a real
@@ -169,8 +168,8 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     eval mode, because dropout would be noise in r.
 
     Returns (losses, r, z0, kl, desirable) without gradient, for `metrics_of`: tensors
-    (m,), and the scalar z0. `kl` is the log-ratio of each mismatched pair. Under
-    `torch.no_grad()` the step only evaluates. Raises ValueError if m < 2.
+    (m,), and the scalar z0. `kl` has the log-ratio of each mismatched pair, whose mean
+    estimates a KL. Under `torch.no_grad()` no gradient is added. ValueError if m < 2.
     """
     prompts, completions = batch["prompt"], batch["completion"]
     desirable = torch.tensor(batch["label"], dtype=torch.bool, device=policy.device)  # (m,)
@@ -211,7 +210,7 @@ def metrics_of(losses, r, z0, kl, desirable):
     """The metrics of a step, a dict of floats, from what `kto_step` returns.
 
     Rewards, z0 and kl are in nats, without beta; kl, a mean, is z0 before the clamp.
-    The reward of a class without rows is None. Accuracy: how often r > z0 is the label.
+    A class without rows has the reward None. Accuracy: how often r > z0 fits the label.
     """
 
     def mean(values):
@@ -237,13 +236,13 @@ def train(policy, reference, batches, optimizer, first_step=0, **settings):
         for metrics in train(policy, reference, batches, optimizer, beta=0.1):
             print(metrics["loss"])
 
-    `batches` is an iterable of what `kto_step` takes, which also takes the `settings`.
+    `batches` is an iterable of batches for `kto_step`, `settings` are its other arguments.
     After each update, yields the metrics from before it; steps count from `first_step`.
     Raises FloatingPointError before an update whose gradient is infinite or NaN.
     """
     for step, batch in enumerate(batches, first_step):  # 1. Take m rows.
         began = time.perf_counter()
-        metrics = metrics_of(*kto_step(policy, reference, batch, **settings))  # Steps 2 to 5.
+        metrics = metrics_of(*kto_step(policy, reference, batch, **settings))  # 2 to 5, backward
 
         # 6. Update: the gradient is first clipped to a norm of 10 (Table 1).
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=10.0).item()
@@ -314,7 +313,7 @@ def read_flags():
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     [config] = parser.parse_args_into_dataclasses()
 
-    # A number must be finite and above 0, but some may be 0.
+    # A number must be finite and, if it has no other limit here, above 0.
     least = {"batch_size": 2, "holdout": 0, "lambda_d": 0, "lambda_u": 0, "seed": 0}
     for name, value in vars(config).items():
         if type(value) in (int, float):
@@ -329,16 +328,18 @@ def read_flags():
     with errors_about(f"--data ({hint})"), open(config.data, "rb") as file:
         config.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 
-    # A folder is in use if it holds a model or a log. A run can be resumed if there is a
-    # checkpoint or, after an early kill, a log without a model.
+    # A folder is in use if it holds a model or a log. --resume takes a folder with a log,
+    # and one with a checkpoint.
     log = config.output / "metrics.jsonl"
-    if config.output == Path("kto-tiny") and not config.resume:
+    if is_toy and config.output == Path("kto-tiny") and not config.resume:
         log.unlink(missing_ok=True)  # the demo may be run again and again
         return config
-    has_model = any(config.output.glob("*config.json"))
-    can_resume = not has_model or (config.output / "checkpoint.pt").exists()
-    is_free = can_resume if config.resume else not has_model and not log.exists()
-    require(is_free, f"--output {config.output} holds a model or the log of a run: name another")
+    in_use = any(config.output.glob("*config.json"))
+    if config.resume:
+        in_use = in_use and not (config.output / "checkpoint.pt").exists()
+    else:
+        in_use = in_use or log.exists()
+    require(not in_use, f"--output {config.output} holds a model or a log: name another folder")
     return config
 
 
@@ -387,9 +388,9 @@ def parse_row(line, turns):
         require(is_text and message["role"] in ROLES, f"found the message {message!r:.80}")
         for token in turns:
             require(token not in text, f"a text has {token!r}, which begins or ends a turn here")
-    is_answer = [message["role"] == "assistant" for message in prompt + completion]
-    has_answer = len(completion) == 1 and is_answer[-2:] == [False, True]
-    require(has_answer, "the completion must be the one answer of the assistant to the prompt")
+    is_asked = prompt and prompt[-1]["role"] != "assistant"
+    is_answer = len(completion) == 1 and completion[0]["role"] == "assistant"
+    require(is_asked and is_answer, "the completion must be the one answer to the prompt")
     return prompt + completion, bool(row["label"])
 
 
@@ -402,16 +403,16 @@ def encode(chat, tokenizer, turns):
             asked = chat[0]["content"]
             answered = asked + chat[1]["content"]
         else:
-            template = tokenizer.apply_chat_template
-            asked = template(chat[:-1], tokenize=False, add_generation_prompt=True)
-            answered = template(chat, tokenize=False).rstrip()
+            render = tokenizer.apply_chat_template
+            asked = render(chat[:-1], tokenize=False, add_generation_prompt=True)
+            answered = render(chat, tokenize=False).rstrip()
 
         # The whole is tokenised at once, because many tokenizers write y differently if it
         # stands alone. A chat template writes BOS by itself.
         tokens = tokenizer(answered, add_special_tokens=is_plain, return_offsets_mapping=True)
 
-    # Each text must occur as often as the messages hold it. To find it once is not
-    # enough: a short text that the template has lost may stand in another by chance.
+    # Each text must occur as often as the messages hold it. (If the template has lost a
+    # short text, this may still stand in another one by chance.)
     bare = "".join(answered.split())  # white space may differ
     texts = ["".join(message["content"].split()) for message in chat]
     for text in texts:
@@ -443,8 +444,8 @@ def load_rows(config, tokenizer, folder):
     turns = turn_tokens(tokenizer)
 
     def encoded_rows():
-        x = []
-        with open(config.data, "rb") as file:  # bytes: in a text a lone \r would end a line
+        x = []  # no row yet
+        with open(config.data, "rb") as file:  # in text mode a lone \r would end a line
             for number, line in enumerate(file, 1):
                 if line.isspace():
                     continue
@@ -500,8 +501,8 @@ def describe(rows, training, held_out, tokenizer, config):
 
 
 def tiny_model(config, tokenizer, training):
-    """A toy: a small Llama, made rude by the undesirable rows and every fifth row. KTO makes
-    polite words likelier, at first after any prompt, and so one can see z0 rise."""
+    """A toy: a small Llama, taught all undesirable rows, rude ones in the sample, and a
+    fifth of the others. KTO makes it polite, at first after any prompt: z0 rises."""
     torch.manual_seed(config.seed)
     torch.set_num_threads(1)  # more threads would only wait for each other at this size
     settings = transformers.LlamaConfig(
@@ -589,16 +590,16 @@ def rehearse(policy, reference, rows, config):
             return size
         except torch.OutOfMemoryError:
             require(size > 1, f"out of memory with {length} tokens in a row: {advice}")
+            size //= 2
         finally:
             policy.zero_grad()
-        size //= 2
 
 
 # ---- The run ----------------------------------------------------------------------
 
 
 def save_checkpoint(path, parts, **others):
-    """Save the states of `parts`, and `others`. A broken file replaces no good one."""
+    """Save the states of `parts`, and `others`. A half-written file replaces no good one."""
     state = {name: part.state_dict() for name, part in parts.items()}
     partial = path.with_suffix(".partial")
     with errors_about(f"{partial} cannot be written, perhaps because the disk is full"):
@@ -635,11 +636,11 @@ def run(policy, reference, training, held_out, config):
     checkpoint = config.output / "checkpoint.pt"
     parts = {"weights": trained, "optimizer": optimizer, "schedule": schedule}
     may_differ = ("data", "output", "device", "micro_batch_size", "save_every", "resume")
-    settings = {name: value for name, value in vars(config).items() if name not in may_differ}
+    fixed = {name: value for name, value in vars(config).items() if name not in may_differ}
     step, log_size = 0, 0
     if config.resume and checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        changed = [name for name in settings if settings[name] != state["settings"][name]]
+        changed = [name for name in fixed if fixed[name] != state["fixed"][name]]
         require(not changed, f"--resume: {', '.join(changed)} must be as before")
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -649,9 +650,9 @@ def run(policy, reference, training, held_out, config):
     log.truncate(log_size)
     print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
     names = ("beta", "lambda_d", "lambda_u", "micro_batch_size")
-    of_step = {name: getattr(config, name) for name in names}
+    settings = {name: getattr(config, name) for name in names}
     batches = itertools.islice(training_batches(training, config), step, None)
-    all_metrics = train(policy, reference, batches, optimizer, step, **of_step)
+    all_metrics = train(policy, reference, batches, optimizer, step, **settings)
     bar = tqdm(all_metrics, initial=step, total=steps, disable=None)
     for metrics in bar:
         schedule.step()
@@ -659,16 +660,15 @@ def run(policy, reference, training, held_out, config):
         if step % math.ceil(steps / 16) == 0:
             bar.write(chart(metrics, config.beta))
 
-        # The held-out rows are one large batch, with one z0.
         step += 1
         is_epoch_end = step % per_epoch == 0
         if is_epoch_end and len(held_out) > 1:
-            with torch.no_grad():
-                metrics = metrics_of(*kto_step(policy, reference, held_out[:], **of_step))
-            print(json.dumps({"step": step, "held_out": metrics}), file=log)
-            bar.write(f"held out: loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.2f}")
+            with torch.no_grad():  # the held-out rows are one large batch, with one z0
+                held = metrics_of(*kto_step(policy, reference, held_out[:], **settings))
+            print(json.dumps({"step": step, "held_out": held}), file=log)
+            bar.write(f"held out: loss {held['loss']:.3f}, accuracy {held['accuracy']:.2f}")
         if is_epoch_end or step % config.save_every == 0:
-            save_checkpoint(checkpoint, parts, step=step, log_size=log.tell(), settings=settings)
+            save_checkpoint(checkpoint, parts, step=step, log_size=log.tell(), fixed=fixed)
 
 
 def show_answers(policy, reference, tokenizer, prompts, ends):
@@ -686,8 +686,8 @@ def show_answers(policy, reference, tokenizer, prompts, ends):
             print(f"  {name:6} {answer.strip()}")
 
 
-def main(models=load_models):
-    """A run, from the flags to the answers. (The README's LoRA script has other `models`.)"""
+def main(load=load_models):
+    """A run, from the flags to the answers. The README's LoRA script has another `load`."""
     require(os.environ.get("WORLD_SIZE", "1") == "1", "for several GPUs see the README")
     config = read_flags()
     tokenizer = load_tokenizer(config)
@@ -699,16 +699,16 @@ def main(models=load_models):
         training, held_out = shuffled.skip(count), shuffled.take(count)
         describe(rows, training, held_out, tokenizer, config)
 
-        # Weights stay float32: small updates must not be lost. A cache would keep old ones.
-        policy, reference = models(config, tokenizer, rows, training)
+        # Weights stay float32. Autocast's cache would keep bfloat16 copies of old ones.
+        policy, reference = load(config, tokenizer, rows, training)
         is_on = config.dtype == "bfloat16"
         with torch.autocast(policy.device.type, torch.bfloat16, is_on, cache_enabled=False):
             config.micro_batch_size = rehearse(policy, reference, rows, config)
             print(f"memory   {config.micro_batch_size} of the longest rows fit, in {config.dtype}")
             run(policy, reference, training, held_out, config)
 
-        # The saved model must end its answers as the rows do. A generation config that
-        # lacks an end token is replaced, because one with a fault cannot be saved again.
+        # The saved model must end its answers as the rows do. A generation config that lacks
+        # an end token is replaced: to change one fails if it has a fault elsewhere.
         ends = sorted({tokenizer.eos_token_id, *rows["end_token"]})
         known = policy.generation_config.eos_token_id
         if not set(ends) <= set(known if isinstance(known, list) else [known]):
@@ -722,12 +722,12 @@ def main(models=load_models):
         show_answers(policy.eval(), reference, tokenizer, held_out[:3]["prompt"], ends)
 
 
-def command(models=load_models):
-    """`main` as a command: what the user can mend is one line, without a traceback."""
+def command(load=load_models):
+    """`main` as a command: an error that the user can mend is printed as one line."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout cannot be reconfigured
         sys.stdout.reconfigure(errors="replace")  # for consoles that lack a character
     try:
-        main(models)
+        main(load)
     except (InputError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
