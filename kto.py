@@ -22,7 +22,7 @@ desirable or undesirable. One training step does this:
      A larger beta makes it flat nearer to z0.
 
 Only the policy's score of (x, y) has a gradient; the three others run without one.
-With --dtype bfloat16, `main` runs all four under autocast, without its cache.
+With --dtype bfloat16, `main` runs them under autocast, without autocast's cache.
 
   in the paper          here                what it is
   pi_theta, pi_ref      policy, reference   the model in training, its frozen copy
@@ -67,7 +67,7 @@ def kto_loss(policy_logps, reference_logps, z0, desirable, beta=0.1, lambda_d=1.
     """The KTO loss of each row, lambda_y - v(x, y): a tensor (B,), not averaged (Eq. 8).
 
     `policy_logps` and `reference_logps` are tensors (B,): log pi(y|x), in nats. `z0` is
-    from `reference_point`. `desirable` is a tensor (B,), RuntimeError if not of bools.
+    from `reference_point`. `desirable` is a bool tensor (B,); RuntimeError if it is int64.
     """
     r = policy_logps - reference_logps  # (B,)
     v_desirable = lambda_d * torch.sigmoid(beta * (r - z0))  # (B,)
@@ -84,7 +84,7 @@ def reference_point(policy_next_logps, reference_next_logps):
 
     A reward r is good or bad only in comparison. KTO compares it with this KL, the mean
     of r over answers that the policy itself would write. To sample such answers is slow,
-    so completions of other rows stand in for them. (A row's own y must not: it is in
+    so completions of other rows stand in for them. (A row's own y cannot: it is in
     the data because it is good or bad for x.) The policy would seldom write these, so
     their mean r tends to be too low. The clamp raises it: a KL is never negative.
 
@@ -98,14 +98,14 @@ def completion_logps(model, prompts, completions):
     """log pi(y|x) of each row: (B,), float32, in nats, the sum over y's tokens.
 
     `model` is a causal LM of transformers. `prompts` and `completions` are two lists
-    of B lists of token ids, not padded. The caller has put an end token (EOS, or what ends
-    a turn in the chat template) at the end of each completion; it is scored like any
-    other token. Raises ValueError if a prompt is empty or the lists differ in length.
+    of B lists of token ids, not padded. Unless it was cut, the caller has put an end token
+    (EOS, or what ends a turn in the chat template) after a completion; it is scored like
+    any other. Raises ValueError if a prompt is empty or the lists differ in length.
     """
     if not all(prompts):
         raise ValueError("a prompt has no tokens: the first completion token needs one before it")
 
-    # `ids` has x, y, then padding. A causal model never looks right: no mask is needed.
+    # `ids` has x, y, then padding. A causal model never looks ahead: no mask is needed.
     rows = [torch.tensor([*x, *y]) for x, y in zip(prompts, completions, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)  # (B, T)
 
@@ -168,7 +168,7 @@ def kto_step(policy, reference, batch, micro_batch_size=8, **settings):
     eval mode, because dropout would be noise in r.
 
     Returns (losses, r, z0, kl, desirable) without gradient, for `metrics_of`: tensors
-    (m,), and the scalar z0. `kl` has the log-ratio of each mismatched pair, whose mean
+    (m,), and the scalar z0. `kl` has the log-ratios of the mismatched pairs; their mean
     estimates a KL. Under `torch.no_grad()` no gradient is added. ValueError if m < 2.
     """
     prompts, completions = batch["prompt"], batch["completion"]
@@ -307,11 +307,11 @@ class Config:
 
 
 def read_flags():
-    """The Config of the command line, completed. --help prints the class above. InputError
-    if a number is out of range, the data file is missing, or the output folder is in use."""
+    """The Config of the command line, filled in. --help prints the class above. InputError
+    if a number is impossible, the data file is missing, or the output folder is in use."""
     parser = transformers.HfArgumentParser(Config, description=inspect.getsource(Config))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    [config] = parser.parse_args_into_dataclasses()
+    config = Config(**vars(parser.parse_args()))
 
     # A number must be finite and, if it has no other limit here, above 0.
     least = {"batch_size": 2, "holdout": 0, "lambda_d": 0, "lambda_u": 0, "seed": 0}
@@ -319,17 +319,16 @@ def read_flags():
         if type(value) in (int, float):
             require(least.get(name, 1e-9) <= value < math.inf, f"--{name} {value} is impossible")
 
-    # What was not given follows from the model. --resume compares the hash of the data.
+    # What was not given follows from the model. A resumed run compares the data's hash.
     is_toy = config.model == "tiny"
     config.epochs = config.epochs or (3 if is_toy else 1)
     config.lr = config.lr or (5e-4 if is_toy else 5e-6)
     config.output = Path(config.output or f"kto-{Path(config.model).name}")
-    hint = "from the hub: datasets.load_dataset(NAME)['train'].to_json(FILE)"
-    with errors_about(f"--data ({hint})"), open(config.data, "rb") as file:
-        config.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    with errors_about("--data (for a set of the hub: load_dataset(NAME)['train'].to_json(FILE))"):
+        config.sha256 = hashlib.file_digest(open(config.data, "rb"), "sha256").hexdigest()
 
-    # A folder is in use if it holds a model or a log. --resume takes a folder with a log,
-    # and one with a checkpoint.
+    # A folder is in use if it holds a model or, without --resume, a log. A model beside a
+    # checkpoint is not finished: the run was stopped while it saved.
     log = config.output / "metrics.jsonl"
     if is_toy and config.output == Path("kto-tiny") and not config.resume:
         log.unlink(missing_ok=True)  # the demo may be run again and again
@@ -411,8 +410,8 @@ def encode(chat, tokenizer, turns):
         # stands alone. A chat template writes BOS by itself.
         tokens = tokenizer(answered, add_special_tokens=is_plain, return_offsets_mapping=True)
 
-    # Each text must occur as often as the messages hold it. (If the template has lost a
-    # short text, this may still stand in another one by chance.)
+    # Each text must occur as often as the messages hold it. (A short text that is lost
+    # could be found inside another text.)
     bare = "".join(answered.split())  # white space may differ
     texts = ["".join(message["content"].split()) for message in chat]
     for text in texts:
@@ -444,7 +443,7 @@ def load_rows(config, tokenizer, folder):
     turns = turn_tokens(tokenizer)
 
     def encoded_rows():
-        x = []  # no row yet
+        x = []  # stays empty if there is no row
         with open(config.data, "rb") as file:  # in text mode a lone \r would end a line
             for number, line in enumerate(file, 1):
                 if line.isspace():
@@ -501,11 +500,11 @@ def describe(rows, training, held_out, tokenizer, config):
 
 
 def tiny_model(config, tokenizer, training):
-    """A toy: a small Llama, taught all undesirable rows, rude ones in the sample, and a
-    fifth of the others. KTO makes it polite, at first after any prompt: z0 rises."""
+    """A toy: a small Llama, taught all undesirable rows, rude ones in the sample, and a fifth
+    of the others. KTO makes it polite, at first after any prompt, so that z0 rises."""
     torch.manual_seed(config.seed)
     torch.set_num_threads(1)  # more threads would only wait for each other at this size
-    settings = transformers.LlamaConfig(
+    shape = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
@@ -514,7 +513,7 @@ def tiny_model(config, tokenizer, training):
         num_hidden_layers=1,
         num_attention_heads=4,
     )
-    model = transformers.LlamaForCausalLM(settings)
+    model = transformers.LlamaForCausalLM(shape)
     places = [i for i, label in enumerate(training["label"]) if i % 5 == 0 or not label]
     taught = training.select(places)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -552,6 +551,7 @@ def load_model(config, tokenizer, rows, training, dtype=torch.float32):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=dtype, output_loading_info=True
         )
+        model.generation_config.validate()  # a faulty one could not be saved in the end
         model.to(config.device)
     require(not info["missing_keys"], f"{name} lacks the weights {sorted(info['missing_keys'])}")
     known_ids = model.get_input_embeddings().num_embeddings
@@ -576,9 +576,8 @@ def rehearse(policy, reference, rows, config):
     limit = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     require(not limit or length <= limit, f"--model takes {limit} tokens, not {length}: {advice}")
 
-    # AdamW will need two numbers for each trained weight: their place is held meanwhile.
-    trained = policy.num_parameters(only_trainable=True)
-    _reserved = torch.empty(2, trained, device=policy.device)
+    # AdamW will need two numbers for each trained weight: their memory is reserved.
+    _reserved = torch.empty(2, policy.num_parameters(only_trainable=True), device=policy.device)
     default = config.batch_size if "cuda" in config.device else 8
     size = min(config.micro_batch_size or default, config.batch_size)
     while True:
@@ -599,7 +598,7 @@ def rehearse(policy, reference, rows, config):
 
 
 def save_checkpoint(path, parts, **others):
-    """Save the states of `parts`, and `others`. A half-written file replaces no good one."""
+    """Save the states of `parts`, and `others`. Only a complete file replaces the old one."""
     state = {name: part.state_dict() for name, part in parts.items()}
     partial = path.with_suffix(".partial")
     with errors_about(f"{partial} cannot be written, perhaps because the disk is full"):
@@ -648,19 +647,20 @@ def run(policy, reference, training, held_out, config):
     config.output.mkdir(parents=True, exist_ok=True)
     log = open(config.output / "metrics.jsonl", "a" if config.resume else "x", buffering=1)
     log.truncate(log_size)
+
     print(f"\n  step  D, U: mean r of a class; z: z0; middle: 0; a dot: {0.1 / config.beta:g} nats")
     names = ("beta", "lambda_d", "lambda_u", "micro_batch_size")
     settings = {name: getattr(config, name) for name in names}
     batches = itertools.islice(training_batches(training, config), step, None)
-    all_metrics = train(policy, reference, batches, optimizer, step, **settings)
-    bar = tqdm(all_metrics, initial=step, total=steps, disable=None)
+    training_steps = train(policy, reference, batches, optimizer, step, **settings)
+    bar = tqdm(training_steps, initial=step, total=steps, disable=None)
     for metrics in bar:
         schedule.step()
         print(json.dumps(metrics), file=log)
         if step % math.ceil(steps / 16) == 0:
             bar.write(chart(metrics, config.beta))
 
-        step += 1
+        step += 1  # from here the number of steps that are done
         is_epoch_end = step % per_epoch == 0
         if is_epoch_end and len(held_out) > 1:
             with torch.no_grad():  # the held-out rows are one large batch, with one z0
@@ -692,14 +692,13 @@ def main(load=load_models):
     config = read_flags()
     tokenizer = load_tokenizer(config)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        rows = load_rows(config, tokenizer, folder)
+        rows = load_rows(config, tokenizer, folder).shuffle(seed=config.seed)
         count = math.ceil(len(rows) * config.holdout)
-        require(len(rows) - count >= config.batch_size, f"{len(rows)} rows are too few for a batch")
-        shuffled = rows.shuffle(seed=config.seed)
-        training, held_out = shuffled.skip(count), shuffled.take(count)
+        require(len(rows) - count >= config.batch_size, f"no batch is left of {len(rows)} rows")
+        training, held_out = rows.skip(count), rows.take(count)
         describe(rows, training, held_out, tokenizer, config)
 
-        # Weights stay float32. Autocast's cache would keep bfloat16 copies of old ones.
+        # Weights stay float32. A cache would keep their bfloat16 copies after an update.
         policy, reference = load(config, tokenizer, rows, training)
         is_on = config.dtype == "bfloat16"
         with torch.autocast(policy.device.type, torch.bfloat16, is_on, cache_enabled=False):
@@ -708,7 +707,7 @@ def main(load=load_models):
             run(policy, reference, training, held_out, config)
 
         # The saved model must end its answers as the rows do. A generation config that lacks
-        # an end token is replaced: to change one fails if it has a fault elsewhere.
+        # an end token is replaced: a changed one with another fault could not be saved.
         ends = sorted({tokenizer.eos_token_id, *rows["end_token"]})
         known = policy.generation_config.eos_token_id
         if not set(ends) <= set(known if isinstance(known, list) else [known]):

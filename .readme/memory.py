@@ -5,6 +5,7 @@ The table: what the backward pass keeps is counted in layers of each model's rea
 else follows from the number of parameters. Below it the peak of a whole process is measured for a
 small model, and compared with the formula."""
 
+import copy
 import multiprocessing
 import re
 import resource
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import kto  # noqa: E402
 
-# The functions of the README's script for LoRA.
+# The reference of the README's script for LoRA.
 README = Path(__file__).parent.parent.joinpath("README.md").read_text("utf-8")
 SCRIPT = {}
 exec(re.search("(# kto_with_lora.py.*?)```", README, re.DOTALL)[1], SCRIPT)
@@ -51,7 +53,15 @@ def build(name, device, layers=None, vocabulary=None, dtype=None):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def kept_bytes(model, tokens, autocast):
+def add_lora(model):
+    """(policy, reference), set up as in the README's script for LoRA."""
+    settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    policy = get_peft_model(model, settings)
+    policy.activation_checkpointing_enable()
+    return policy.train(), SCRIPT["WithoutAdapter"](policy)
+
+
+def kept_bytes(model, tokens):
     """The bytes that a forward pass over one row keeps for the backward pass, weights aside."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept = {}  # by its address, each piece of memory counts once
@@ -63,7 +73,7 @@ def kept_bytes(model, tokens, autocast):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -74,16 +84,15 @@ def bytes_of_a_token_in_a_layer(name, lora):
     for layers in (1, 2):
         model = build(name, "cpu", layers, vocabulary=64, dtype=torch.bfloat16 if lora else None)
         if lora:
-            model = SCRIPT["add_lora"](model)[0]
+            model = add_lora(model)[0]
             model.activation_checkpointing_disable()  # now one layer keeps all
-        with_64 = kept_bytes(model, 64, autocast=not lora)
-        grows.append(with_64 - kept_bytes(model, 32, autocast=not lora))
+        grows.append(kept_bytes(model, 64) - kept_bytes(model, 32))
     return (grows[1] - grows[0]) / 32
 
 
 def adapter_size(model):
     """The number of weights that LoRA trains."""
-    return SCRIPT["add_lora"](model)[0].num_parameters(only_trainable=True)
+    return add_lora(model)[0].num_parameters(only_trainable=True)
 
 
 def line(name, tokens, lora=False):
@@ -108,11 +117,10 @@ def line(name, tokens, lora=False):
 def step_of(name, method, rows):
     """One training step of two micro-batches, each of `rows` rows of 128 + 128 tokens."""
     if method == "LoRA":
-        policy, reference = SCRIPT["add_lora"](build(name, "cpu", dtype=torch.bfloat16))
+        policy, reference = add_lora(build(name, "cpu", dtype=torch.bfloat16))
     else:
         policy = build(name, "cpu")
-        config = kto.Config(dtype=method)
-        policy, reference = kto.two_models(policy, config)
+        reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
     for weight in policy.parameters():  # AdamW's memory is there after the first step
         if weight.requires_grad:
@@ -120,7 +128,8 @@ def step_of(name, method, rows):
     optimizer.step()
     texts = torch.randint(policy.config.vocab_size, (2, 2 * rows, 128)).tolist()
     batch = {"prompt": texts[0], "completion": texts[1], "label": [True] * (2 * rows)}
-    next(kto.train(policy, reference, [batch], optimizer, micro_batch_size=rows))
+    with torch.autocast("cpu", torch.bfloat16, method != "float32", cache_enabled=False):
+        next(kto.train(policy, reference, [batch], optimizer, micro_batch_size=rows))
 
 
 def peak(method, rows):
