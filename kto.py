@@ -21,8 +21,8 @@ desirable or undesirable. One training step does this:
      Where r is far from z0, sigmoid is flat, and the row has almost no gradient.
      A larger beta makes it flat nearer to z0.
 
-Only the policy's score of (x, y) has a gradient; the three others run without one.
-With --dtype bfloat16, `main` runs them under autocast, without autocast's cache.
+Only the policy's score of (x, y) has a gradient. Under autocast (--dtype bfloat16, see
+`main`) its cache is off: it could reuse copies of weights that have no gradient.
 
   in the paper          here                what it is
   pi_theta, pi_ref      policy, reference   the model in training, its frozen copy
@@ -85,8 +85,8 @@ def reference_point(policy_next_logps, reference_next_logps):
     A reward r is good or bad only in comparison. KTO compares it with this KL, the mean
     of r over answers that the policy itself would write. To sample such answers is slow,
     so completions of other rows stand in for them. (A row's own y cannot: it is in
-    the data because it is good or bad for x.) The policy would seldom write these, so
-    their mean r tends to be too low. The clamp raises it: a KL is never negative.
+    the data because it is good or bad for x.) r is highest where the policy now writes,
+    so their mean r tends to be too low. The clamp raises it: a KL is never negative.
 
     The mean is over all rows of a step, not of a micro-batch. z0 has no gradient: the
     policy must not gain by moving what r is compared with.
@@ -319,7 +319,7 @@ def read_flags():
         if type(value) in (int, float):
             require(least.get(name, 1e-9) <= value < math.inf, f"--{name} {value} is impossible")
 
-    # What was not given follows from the model. A resumed run compares the data's hash.
+    # What was not given follows from the model. The hash is one of the `fixed` settings.
     is_toy = config.model == "tiny"
     config.epochs = config.epochs or (3 if is_toy else 1)
     config.lr = config.lr or (5e-4 if is_toy else 5e-6)
@@ -327,8 +327,8 @@ def read_flags():
     with errors_about("--data (for a set of the hub: load_dataset(NAME)['train'].to_json(FILE))"):
         config.sha256 = hashlib.file_digest(open(config.data, "rb"), "sha256").hexdigest()
 
-    # A folder is in use if it holds a model or, without --resume, a log. A model beside a
-    # checkpoint is not finished: the run was stopped while it saved.
+    # A folder is in use if it holds the config of a model or, without --resume, a log. A
+    # model beside a checkpoint is not finished: the run was stopped while it saved.
     log = config.output / "metrics.jsonl"
     if is_toy and config.output == Path("kto-tiny") and not config.resume:
         log.unlink(missing_ok=True)  # the demo may be run again and again
@@ -410,8 +410,8 @@ def encode(chat, tokenizer, turns):
         # stands alone. A chat template writes BOS by itself.
         tokens = tokenizer(answered, add_special_tokens=is_plain, return_offsets_mapping=True)
 
-    # Each text must occur as often as the messages hold it. (A short text that is lost
-    # could be found inside another text.)
+    # Each text must occur as often as in all messages together: a short text that is
+    # lost may still be found inside another one.
     bare = "".join(answered.split())  # white space may differ
     texts = ["".join(message["content"].split()) for message in chat]
     for text in texts:
@@ -501,7 +501,7 @@ def describe(rows, training, held_out, tokenizer, config):
 
 def tiny_model(config, tokenizer, training):
     """A toy: a small Llama, taught all undesirable rows, rude ones in the sample, and a fifth
-    of the others. KTO makes it polite, at first after any prompt, so that z0 rises."""
+    of the others. At first KTO makes it polite after all prompts alike, so that z0 rises."""
     torch.manual_seed(config.seed)
     torch.set_num_threads(1)  # more threads would only wait for each other at this size
     shape = transformers.LlamaConfig(
@@ -542,8 +542,8 @@ def load_tokenizer(config):
 
 
 def load_model(config, tokenizer, rows, training, dtype=torch.float32):
-    """The causal model --model on --device, its weights in `dtype`. InputError if weights
-    or embeddings are missing. Only the tiny model needs `tokenizer` and `training`."""
+    """The causal model --model on --device, with weights in `dtype` (bfloat16 for LoRA).
+    InputError if weights or embeddings are missing. `training` is for the tiny model."""
     if config.model == "tiny":
         return tiny_model(config, tokenizer, training).to(config.device)
     name = f"--model {config.model} on --device {config.device}"
@@ -551,7 +551,7 @@ def load_model(config, tokenizer, rows, training, dtype=torch.float32):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=dtype, output_loading_info=True
         )
-        model.generation_config.validate()  # a faulty one could not be saved in the end
+        model.generation_config.validate()  # or it could not be saved in the end
         model.to(config.device)
     require(not info["missing_keys"], f"{name} lacks the weights {sorted(info['missing_keys'])}")
     known_ids = model.get_input_embeddings().num_embeddings
@@ -622,8 +622,8 @@ def run(policy, reference, training, held_out, config):
     per_epoch = len(training) // config.batch_size
     steps = config.epochs * per_epoch
 
-    # AdamW is the paper's. No weight decay is our choice, and so is the schedule: a
-    # tenth of the steps to warm up, then a cosine down to a tenth of the rate.
+    # AdamW is the paper's. Our choices are no weight decay and the schedule: a tenth of
+    # the steps to warm up, then a cosine to a tenth. (ParameterList has a state_dict.)
     trained = torch.nn.ParameterList(w for w in policy.parameters() if w.requires_grad)
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0, fused=True)
     schedule = transformers.get_scheduler(
@@ -706,8 +706,8 @@ def main(load=load_models):
             print(f"memory   {config.micro_batch_size} of the longest rows fit, in {config.dtype}")
             run(policy, reference, training, held_out, config)
 
-        # The saved model must end its answers as the rows do. A generation config that lacks
-        # an end token is replaced: a changed one with another fault could not be saved.
+        # The saved model must end its answers as the rows do. If its generation config lacks
+        # an end token, a new config takes its place.
         ends = sorted({tokenizer.eos_token_id, *rows["end_token"]})
         known = policy.generation_config.eos_token_id
         if not set(ends) <= set(known if isinstance(known, list) else [known]):
@@ -718,7 +718,7 @@ def main(load=load_models):
         tokenizer.save_pretrained(config.output)
         (config.output / "checkpoint.pt").unlink()
         print(f"\nThe result is saved in {config.output}.")
-        show_answers(policy.eval(), reference, tokenizer, held_out[:3]["prompt"], ends)
+        show_answers(policy, reference, tokenizer, held_out[:3]["prompt"], ends)
 
 
 def command(load=load_models):
