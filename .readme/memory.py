@@ -95,8 +95,8 @@ def adapter_size(model):
     return add_lora(model)[0].num_parameters(only_trainable=True)
 
 
-def line(name, tokens, lora=False):
-    """The gigabytes of `tokens` of prompt and as many of completion, for one row and for 8."""
+def line(name, prompt, completion, lora=False):
+    """The gigabytes for 1, 4 and 8 rows of so many tokens of prompt and of completion."""
     _, hidden, inner, layers, _, _, vocabulary, _ = MODELS[name]
     model = build(name, "meta")
     a_layer = bytes_of_a_token_in_a_layer(name, lora)
@@ -106,12 +106,12 @@ def line(name, tokens, lora=False):
     else:
         weights = 22 * model.num_parameters()
         a_token = layers * a_layer
-    a_row = 2 * tokens * a_token + tokens * 12 * vocabulary
+    a_row = (prompt + completion) * a_token + completion * 12 * vocabulary
     label = name + (" with LoRA" if lora else "")
-    sizes = [weights, weights + a_row, weights + 8 * a_row]
+    sizes = [weights, weights + a_row, weights + 4 * a_row, weights + 8 * a_row]
     figures = "".join(f"{size / 1e9:8.1f}" for size in sizes)
     share = a_layer / (32 * hidden + 8 * inner)
-    print(f"{label:24}{tokens:4} + {tokens:3}{figures}{share:10.2f}", flush=True)
+    print(f"{label:24}{prompt:5} + {completion:3}{figures}{share:10.2f}", flush=True)
 
 
 def step_of(name, method, rows):
@@ -153,7 +153,7 @@ def peak(method, rows):
         a_token = layers * a_layer
     else:
         weights = 2 * model.num_parameters() + 16 * adapter_size(model)
-        a_token = layers * 2 * hidden + 1.21 * a_layer
+        a_token = layers * 2 * hidden + 0.90 * a_layer
     formula = weights + rows * (256 * a_token + 128 * 12 * vocabulary)
     print(f"one process, {method}, rows: {rows}, GB by formula: {formula / 1e9:.2f}, ", end="")
     print(f"at the peak: {measured / 1e9:.2f}", flush=True)
@@ -168,9 +168,10 @@ if __name__ == "__main__":
             process.start()
             process.join()
     warnings.simplefilter("ignore")
-    print(f"{'GB, bfloat16':24}{'tokens':>9}{'weights':>9}{'1 row':>7}{'8 rows':>8}  kept/formula")
-    line("0.5B (Qwen2.5)", 512)
-    line("1B (Llama 3.2)", 512)
-    line("3B (Llama 3.2)", 512)
-    line("7B (Qwen2.5)", 256, lora=True)
-    line("7B (Qwen2.5)", 512, lora=True)
+    header = f"{'tokens':>10}{'weights':>9}{'1 row':>7}{'4 rows':>8}{'8 rows':>8}  kept/formula"
+    print(f"{'GB, bfloat16':24}{header}")
+    line("0.5B (Qwen2.5)", 512, 512)
+    line("1B (Llama 3.2)", 512, 512)
+    line("3B (Llama 3.2)", 512, 512)
+    line("7B (Qwen2.5)", 512, 512, lora=True)
+    line("7B (Qwen2.5)", 2048, 512, lora=True)

@@ -12,7 +12,7 @@ What is done, in five stages:
      answers get a thumb up, rude ones a thumb down, all others are left out. The log
      has 173 thumbs up and 19 down. A second log has the same rows, but a tenth of
      the marks, drawn at random, is turned round.
-  3. For each log, each method gets its learning rate out of three, and then one or two
+  3. For each log, each method gets its learning rate out of three, and one or two
      epochs, on 64 training prompts that are not in the log. The best setting has the
      largest difference of the polite share and the rude share of 128 sampled answers.
      The rate rises over the first four steps and stays.
@@ -72,6 +72,7 @@ KTO_EQ_9, KTO_ONE, SFT = "KTO, weights of Eq. 9", "KTO, both lambdas 1", "SFT on
 METHODS = (KTO_EQ_9, KTO_ONE, SFT)
 LOGS = ("clean", "a tenth wrong")
 RATES = (3e-4, 1e-3, 3e-3)
+EPOCHS = (1, 2)
 SEEDS = (0, 1)  # the first is that of the tuning
 LONGEST = 44  # tokens of an answer
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -213,23 +214,21 @@ def score(home, tokenizer, prompts, *run):
 def tune(home, tokenizer, prompts, logs):
     """Stage 3: {(log, method): (rate, epochs)}, and the table of all settings."""
     best = {}
-    print("\nPolite - rude share on the validation prompts, by rate and epochs:\n")
-    print("| log | method |", *(f"{lr:g}, 1 |" for lr in RATES), "best rate, 2 |")
-    print("|---|---|" + "---|" * len(RATES) + "---|")
+    print("\nPolite - rude share on the validation prompts, after one / two epochs, by rate:\n")
+    print("| log | method |", *(f"{lr:g} |" for lr in RATES))
+    print("|---|---|" + "---|" * len(RATES))
     for log_name in LOGS:
         for method in METHODS:
-
-            def score_of(lr, epochs):
-                run = log_name, logs[log_name], method, lr, epochs, SEEDS[0]
-                path = home / f"{log_name}, {method}, {lr:g}, {epochs}, validation.json"
-                return kept(path, functools.partial(score, home, tokenizer, prompts, *run))[0]
-
-            after_one = [score_of(lr, 1) for lr in RATES]
-            lr = RATES[after_one.index(max(after_one))]
-            after_two = score_of(lr, 2)
-            best[log_name, method] = (lr, 2 if after_two > max(after_one) else 1)
-            cells = " | ".join(f"{score:.2f}" for score in [*after_one, after_two])
-            print(f"| {log_name} | {method} | {cells} |", flush=True)
+            scores, line = {}, f"| {log_name} | {method} |"
+            for lr in RATES:
+                for epochs in EPOCHS:
+                    run = log_name, logs[log_name], method, lr, epochs, SEEDS[0]
+                    path = home / f"{log_name}, {method}, {lr:g}, {epochs}, validation.json"
+                    make = functools.partial(score, home, tokenizer, prompts, *run)
+                    scores[lr, epochs] = kept(path, make)[0]
+                line += f" {scores[lr, 1]:.2f} / {scores[lr, 2]:.2f} |"
+            best[log_name, method] = max(scores, key=scores.get)
+            print(line, flush=True)
     return best
 
 
@@ -302,18 +301,18 @@ def final_table(home, tokenizer, prompts, reference, logs, best):
 
 
 def time_here(model, rows, micro):
-    """The seconds of each step."""
+    """The seconds of each step, in which other programs do not count."""
     policy = add_lora(model, seed=0)
     optimizer = torch.optim.AdamW(adapter_of(policy).values(), lr=1e-3, fused=True)
     seconds = []
     for batch in batches_of(rows, 1)[:3]:
-        began = time.perf_counter()
+        began = time.process_time()
         with bfloat16(), disable_input_dtype_casting(policy):
             kto_step(policy, WithoutAdapter(policy), batch, micro)
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     return seconds
 
 
@@ -328,10 +327,10 @@ def time_trl(model, rows, micro, tokenizer, home):
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *arguments, **others):
-            seconds.append(time.perf_counter())
+            seconds.append(time.process_time())
 
         def on_step_end(self, *arguments, **others):
-            seconds[-1] = time.perf_counter() - seconds[-1]
+            seconds[-1] = time.process_time() - seconds[-1]
 
     # TRL takes texts, and puts the end token after each completion by itself.
     texts = []
