@@ -274,7 +274,8 @@ def errors_about(what):
     try:
         yield
     except Exception as error:
-        raise InputError(f"{what}: {error}") from error
+        one_line = " ".join(str(error).split())
+        raise InputError(f"{what}: {one_line}") from error
 
 
 # Older cards only emulate bfloat16, which is slower than float32.
@@ -551,7 +552,6 @@ def load_model(config, tokenizer, rows, training, dtype=torch.float32):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=dtype, output_loading_info=True
         )
-        model.generation_config.validate()  # or it could not be saved in the end
         model.to(config.device)
     require(not info["missing_keys"], f"{name} lacks the weights {sorted(info['missing_keys'])}")
     known_ids = model.get_input_embeddings().num_embeddings
