@@ -274,8 +274,7 @@ def errors_about(what):
     try:
         yield
     except Exception as error:
-        one_line = " ".join(str(error).split())
-        raise InputError(f"{what}: {one_line}") from error
+        raise InputError(f"{what}: {' '.join(str(error).split())}") from error  # one line
 
 
 # Older cards only emulate bfloat16, which is slower than float32.
