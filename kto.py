@@ -22,7 +22,7 @@ desirable or undesirable. One training step does this:
      A larger beta makes it flat nearer to z0.
 
 Only the policy's score of (x, y) has a gradient. Under autocast (--dtype bfloat16, see
-`main`) its cache is off: it could reuse copies of weights that have no gradient.
+`main`) keep the cache off: it would give this score weights copied without a gradient.
 
   in the paper          here                what it is
   pi_theta, pi_ref      policy, reference   the model in training, its frozen copy
@@ -86,7 +86,7 @@ def reference_point(policy_next_logps, reference_next_logps):
     of r over answers that the policy itself would write. To sample such answers is slow,
     so completions of other rows stand in for them. (A row's own y cannot: it is in
     the data because it is good or bad for x.) r is highest where the policy now writes,
-    so their mean r tends to be too low. The clamp raises it: a KL is never negative.
+    so the stand-ins' mean tends to be too low. The clamp raises it: a KL is never negative.
 
     The mean is over all rows of a step, not of a micro-batch. z0 has no gradient: the
     policy must not gain by moving what r is compared with.
@@ -98,9 +98,9 @@ def completion_logps(model, prompts, completions):
     """log pi(y|x) of each row: (B,), float32, in nats, the sum over y's tokens.
 
     `model` is a causal LM of transformers. `prompts` and `completions` are two lists
-    of B lists of token ids, not padded. Unless it was cut, the caller has put an end token
-    (EOS, or what ends a turn in the chat template) after a completion; it is scored like
-    any other. Raises ValueError if a prompt is empty or the lists differ in length.
+    of B lists of token ids, not padded. The caller has put an end token (EOS, or what ends
+    a turn in the chat template) after each completion that was not cut. It is scored
+    too. Raises ValueError if a prompt is empty or the lists differ in length.
     """
     if not all(prompts):
         raise ValueError("a prompt has no tokens: the first completion token needs one before it")
@@ -319,7 +319,7 @@ def read_flags():
         if type(value) in (int, float):
             require(least.get(name, 1e-9) <= value < math.inf, f"--{name} {value} is impossible")
 
-    # What was not given follows from the model. The hash is one of the `fixed` settings.
+    # What was not given follows from the model. The hash shows whether the data changed.
     is_toy = config.model == "tiny"
     config.epochs = config.epochs or (3 if is_toy else 1)
     config.lr = config.lr or (5e-4 if is_toy else 5e-6)
@@ -327,15 +327,16 @@ def read_flags():
     with errors_about("--data (for a set of the hub: load_dataset(NAME)['train'].to_json(FILE))"):
         config.sha256 = hashlib.file_digest(open(config.data, "rb"), "sha256").hexdigest()
 
-    # A folder is in use if it holds the config of a model or, without --resume, a log. A
-    # model beside a checkpoint is not finished: the run was stopped while it saved.
-    log = config.output / "metrics.jsonl"
+    # Without --resume a folder is in use if it holds a model or a log. With --resume, only
+    # if it holds a model and no checkpoint: a model beside one was still being saved.
+    log, checkpoint = config.output / "metrics.jsonl", config.output / "checkpoint.pt"
     if is_toy and config.output == Path("kto-tiny") and not config.resume:
         log.unlink(missing_ok=True)  # the demo may be run again and again
+        checkpoint.unlink(missing_ok=True)
         return config
     in_use = any(config.output.glob("*config.json"))
     if config.resume:
-        in_use = in_use and not (config.output / "checkpoint.pt").exists()
+        in_use = in_use and not checkpoint.exists()
     else:
         in_use = in_use or log.exists()
     require(not in_use, f"--output {config.output} holds a model or a log: name another folder")
@@ -365,7 +366,7 @@ def turn_tokens(tokenizer):
 
 def parse_row(line, turns):
     """One line of JSONL, as bytes -> (chat, label): a list of messages, the last of which
-    is the answer, and a bool. InputError if a text has one of the `turns`."""
+    is the answer, and a bool. InputError, to which `load_rows` adds what a row is."""
     with errors_about("not a line of JSON in UTF-8 (unpack or convert the file)"):
         row = json.loads(line.decode("utf-8-sig"))
     require(isinstance(row, dict), f"found {row!r:.80}")
@@ -395,13 +396,13 @@ def parse_row(line, turns):
 
 def encode(chat, tokenizer, turns):
     """A chat as token ids: (x, y), where y has an end token. InputError if the chat template
-    loses a text, or writes more than `turns` after the answer."""
+    loses a text, or writes more than tokens of `turns` after the answer."""
     with errors_about("the chat template or the tokenizer cannot take the row"):
         is_plain = tokenizer.chat_template is None
         if is_plain and len(chat) == 2:
             asked = chat[0]["content"]
             answered = asked + chat[1]["content"]
-        else:
+        else:  # without a template this is an error
             render = tokenizer.apply_chat_template
             asked = render(chat[:-1], tokenize=False, add_generation_prompt=True)
             answered = render(chat, tokenize=False).rstrip()
@@ -410,8 +411,8 @@ def encode(chat, tokenizer, turns):
         # stands alone. A chat template writes BOS by itself.
         tokens = tokenizer(answered, add_special_tokens=is_plain, return_offsets_mapping=True)
 
-    # Each text must occur as often as in all messages together: a short text that is
-    # lost may still be found inside another one.
+    # The rendering must have each text as often as the messages together have it: a short
+    # text that is lost may still be found inside another one.
     bare = "".join(answered.split())  # white space may differ
     texts = ["".join(message["content"].split()) for message in chat]
     for text in texts:
@@ -443,7 +444,7 @@ def load_rows(config, tokenizer, folder):
     turns = turn_tokens(tokenizer)
 
     def encoded_rows():
-        x = []  # stays empty if there is no row
+        x = []  # for the last line below: still empty if there was no row
         with open(config.data, "rb") as file:  # in text mode a lone \r would end a line
             for number, line in enumerate(file, 1):
                 if line.isspace():
@@ -500,8 +501,8 @@ def describe(rows, training, held_out, tokenizer, config):
 
 
 def tiny_model(config, tokenizer, training):
-    """A toy: a small Llama, taught all undesirable rows, rude ones in the sample, and a fifth
-    of the others. At first KTO makes it polite after all prompts alike, so that z0 rises."""
+    """A toy: a small Llama, taught all undesirable rows (in the sample, the rude ones) and a
+    fifth of the others. KTO first makes it polite after all prompts alike: z0 rises."""
     torch.manual_seed(config.seed)
     torch.set_num_threads(1)  # more threads would only wait for each other at this size
     shape = transformers.LlamaConfig(
@@ -542,8 +543,8 @@ def load_tokenizer(config):
 
 
 def load_model(config, tokenizer, rows, training, dtype=torch.float32):
-    """The causal model --model on --device, with weights in `dtype` (bfloat16 for LoRA).
-    InputError if weights or embeddings are missing. `training` is for the tiny model."""
+    """The causal model --model on --device, with weights in `dtype` (bfloat16 in the
+    README's LoRA script). InputError if weights or embeddings are missing."""
     if config.model == "tiny":
         return tiny_model(config, tokenizer, training).to(config.device)
     name = f"--model {config.model} on --device {config.device}"
@@ -697,7 +698,7 @@ def main(load=load_models):
         training, held_out = rows.skip(count), rows.take(count)
         describe(rows, training, held_out, tokenizer, config)
 
-        # Weights stay float32. A cache would keep their bfloat16 copies after an update.
+        # Weights stay float32. A cache would also keep bfloat16 copies after an update.
         policy, reference = load(config, tokenizer, rows, training)
         is_on = config.dtype == "bfloat16"
         with torch.autocast(policy.device.type, torch.bfloat16, is_on, cache_enabled=False):
@@ -706,7 +707,7 @@ def main(load=load_models):
             run(policy, reference, training, held_out, config)
 
         # The saved model must end its answers as the rows do. If its generation config lacks
-        # an end token, a new config takes its place.
+        # one of `ends`, a new one takes its place: an old one can have other faults.
         ends = sorted({tokenizer.eos_token_id, *rows["end_token"]})
         known = policy.generation_config.eos_token_id
         if not set(ends) <= set(known if isinstance(known, list) else [known]):
