@@ -440,11 +440,11 @@ def test_an_impossible_value_is_refused_with_its_flag():
     read_flags("--holdout 0 --lambda_d 0 --lambda_u 0 --seed 0 --batch_size 2")  # are possible
 
 
-@pytest.mark.parametrize("can_emulate, dtype", [(True, "float32"), (False, "bfloat16")])
-def test_bfloat16_is_the_default_only_where_it_is_not_emulated(can_emulate, dtype):
+@pytest.mark.parametrize("only_emulates, dtype", [(True, "float32"), (False, "bfloat16")])
+def test_bfloat16_is_the_default_only_where_it_is_not_emulated(only_emulates, dtype):
     # T4, V100 and RTX 20xx say that they support it: they can emulate it.
     def is_bf16_supported(including_emulation=True):
-        return including_emulation or not can_emulate
+        return including_emulation or not only_emulates
 
     with mock.patch("torch.cuda.is_bf16_supported", is_bf16_supported):
         assert runpy.run_path(kto.__file__)["Config"].dtype == dtype
@@ -464,12 +464,12 @@ def test_a_folder_is_in_use_if_it_holds_a_model_or_a_log(files, is_free, can_res
     Path("new").mkdir()
     for name in files.split():
         Path("new", name).touch()
-    for flags, is_taken in (("", is_free), ("--resume", can_resume)):
-        with contextlib.nullcontext() if is_taken else input_error("--output new holds"):
+    for flags, is_accepted in (("", is_free), ("--resume", can_resume)):
+        with contextlib.nullcontext() if is_accepted else input_error("--output new holds"):
             read_flags(f"--output new {flags}")
 
 
-def test_the_demo_may_be_run_again_and_again_but_not_over_another_model():
+def test_the_demo_may_be_run_again_but_no_other_model_goes_over_it():
     Path("kto-tiny").mkdir()
     for name in ("metrics.jsonl", "config.json"):
         Path("kto-tiny", name).touch()
@@ -585,7 +585,7 @@ def test_a_file_without_rows_is_refused():
         loaded()
 
 
-def test_a_file_is_streamed_and_its_rows_lie_on_disk():
+def test_a_file_is_streamed_into_a_dataset_on_disk():
     # Of these 20 MB, one line at a time is in memory.
     Path("rows.jsonl").write_text((GOOD + " " * 100_000 + "\n") * 200)
     tracemalloc.start()
@@ -1139,7 +1139,7 @@ def test_the_saved_model_ends_its_answers_as_the_rows_do(whole):
 
 
 def test_a_generation_config_that_has_the_end_tokens_is_kept_with_whatever_is_in_it(small):
-    # Given to `generate`, each of these would end the finished run with an error.
+    # Given to `generate`, some of these would end the finished run with an error.
     odd = {"eos_token_id": [257, 259, 0], "do_sample": True, "stop_strings": ["o"]}
     odd["num_return_sequences"] = 2
     shutil.copytree(small / "model", "model")
@@ -1183,7 +1183,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(small, whole, stopped):
     start(small, "output", flags)
     assert contents(Path("output")) == contents(whole)
 
-    # No step was done twice: the log begins with the same seconds.
+    # The steps of the first checkpoint were not done again: the log has their seconds.
     assert Path("output/metrics.jsonl").read_text().startswith(before[:log_size])
 
 
@@ -1417,11 +1417,11 @@ def test_the_readmes_script_trains_an_adapter_beside_the_base_model_as_reference
     assert log[0]["loss"] == 0.5 != log[1]["loss"] and log[0]["z0"] == log[0]["kl"] == 0
 
     # With the trained adapter switched off, the policy is the base model.
-    for model, is_base in zip(seen, (False, True, True), strict=True):
+    for model, is_base in zip(seen[:2], (False, True)):
         logps = kto.score(model, PROMPTS, COMPLETIONS, micro_batch_size=8)
         base = kto.score(seen[2], PROMPTS, COMPLETIONS, micro_batch_size=8)
         assert torch.equal(logps, base) == is_base
 
-    # The saved adapter answers.
-    saved = peft.AutoPeftModelForCausalLM.from_pretrained("adapter")
-    assert saved.generate(input_ids=tensor([PROMPTS[0]]), max_new_tokens=3).shape[1] > 3
+    # The saved adapter is the trained one.
+    saved = peft.AutoPeftModelForCausalLM.from_pretrained("adapter", dtype=torch.bfloat16).eval()
+    assert_close(*[kto.score(model, PROMPTS, COMPLETIONS, 8) for model in (saved, seen[0])])
