@@ -22,7 +22,7 @@ desirable or undesirable. One training step does this:
      A larger beta makes it flat nearer to z0.
 
 Only the policy's score of (x, y) has a gradient. Under autocast (--dtype bfloat16, see
-`main`) keep the cache off: it would give this score weights copied without a gradient.
+`main`) keep autocast's cache off: its copies of weights may be made without a gradient.
 
   in the paper          here                what it is
   pi_theta, pi_ref      policy, reference   the model in training, its frozen copy
@@ -84,9 +84,9 @@ def reference_point(policy_next_logps, reference_next_logps):
 
     A reward r is good or bad only in comparison. KTO compares it with this KL, the mean
     of r over answers that the policy itself would write. To sample such answers is slow,
-    so completions of other rows stand in for them. (A row's own y cannot: it is in
-    the data because it is good or bad for x.) r is highest where the policy now writes,
-    so the stand-ins' mean tends to be too low. The clamp raises it: a KL is never negative.
+    so completions of other rows stand in for them. (A row's own y cannot: it is in the
+    data because it is good or bad for x.) r is highest on the policy's own answers, so the
+    stand-ins' mean tends to be too low. The clamp raises it: a KL is never negative.
 
     The mean is over all rows of a step, not of a micro-batch. z0 has no gradient: the
     policy must not gain by moving what r is compared with.
@@ -327,12 +327,13 @@ def read_flags():
     with errors_about("--data (for a set of the hub: load_dataset(NAME)['train'].to_json(FILE))"):
         config.sha256 = hashlib.file_digest(open(config.data, "rb"), "sha256").hexdigest()
 
-    # Without --resume a folder is in use if it holds a model or a log. With --resume, only
-    # if it holds a model and no checkpoint: a model beside one was still being saved.
+    # Without --resume a folder is in use if it holds a model or a log. With it, only if it
+    # holds a finished model, beside which there is no checkpoint.
     log, checkpoint = config.output / "metrics.jsonl", config.output / "checkpoint.pt"
-    if is_toy and config.output == Path("kto-tiny") and not config.resume:
-        log.unlink(missing_ok=True)  # the demo may be run again and again
-        checkpoint.unlink(missing_ok=True)
+    if is_toy and config.output == Path("kto-tiny"):  # the demo may be run again and again
+        if not config.resume:
+            log.unlink(missing_ok=True)
+            checkpoint.unlink(missing_ok=True)
         return config
     in_use = any(config.output.glob("*config.json"))
     if config.resume:
@@ -502,7 +503,7 @@ def describe(rows, training, held_out, tokenizer, config):
 
 def tiny_model(config, tokenizer, training):
     """A toy: a small Llama, taught all undesirable rows (in the sample, the rude ones) and a
-    fifth of the others. KTO first makes it polite after all prompts alike: z0 rises."""
+    fifth of the others. At first KTO makes it polite after any prompt, and z0 rises."""
     torch.manual_seed(config.seed)
     torch.set_num_threads(1)  # more threads would only wait for each other at this size
     shape = transformers.LlamaConfig(
@@ -698,7 +699,7 @@ def main(load=load_models):
         training, held_out = rows.skip(count), rows.take(count)
         describe(rows, training, held_out, tokenizer, config)
 
-        # Weights stay float32. A cache would also keep bfloat16 copies after an update.
+        # Weights stay float32. Autocast's cache would keep copies from before an update.
         policy, reference = load(config, tokenizer, rows, training)
         is_on = config.dtype == "bfloat16"
         with torch.autocast(policy.device.type, torch.bfloat16, is_on, cache_enabled=False):
@@ -707,7 +708,7 @@ def main(load=load_models):
             run(policy, reference, training, held_out, config)
 
         # The saved model must end its answers as the rows do. If its generation config lacks
-        # one of `ends`, a new one takes its place: an old one can have other faults.
+        # one of `ends`, a new one takes its place.
         ends = sorted({tokenizer.eos_token_id, *rows["end_token"]})
         known = policy.generation_config.eos_token_id
         if not set(ends) <= set(known if isinstance(known, list) else [known]):
