@@ -327,8 +327,8 @@ def read_flags():
     with errors_about("--data (for a set of the hub: load_dataset(NAME)['train'].to_json(FILE))"):
         config.sha256 = hashlib.file_digest(open(config.data, "rb"), "sha256").hexdigest()
 
-    # Without --resume a folder is in use if it holds a model or a log. With it, only if it
-    # holds a finished model, beside which there is no checkpoint.
+    # Without --resume a folder is in use if it holds a model or a log. With it, only if
+    # it holds a finished model, beside which there is no checkpoint.
     log, checkpoint = config.output / "metrics.jsonl", config.output / "checkpoint.pt"
     if is_toy and config.output == Path("kto-tiny"):  # the demo may be run again and again
         if not config.resume:
