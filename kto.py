@@ -326,15 +326,15 @@ def read_flags():
     config.output = Path(config.output or f"kto-{Path(config.model).name}")
     with errors_about("--data (for a set of the hub: load_dataset(NAME)['train'].to_json(FILE))"):
         config.sha256 = hashlib.file_digest(open(config.data, "rb"), "sha256").hexdigest()
-
-    # Without --resume a folder is in use if it holds a model or a log. With it, only if
-    # it holds a finished model, beside which there is no checkpoint.
     log, checkpoint = config.output / "metrics.jsonl", config.output / "checkpoint.pt"
     if is_toy and config.output == Path("kto-tiny"):  # the demo may be run again and again
         if not config.resume:
             log.unlink(missing_ok=True)
             checkpoint.unlink(missing_ok=True)
         return config
+
+    # Without --resume a folder is in use if it holds a model or a log. With --resume,
+    # only if it holds a model and no checkpoint: a finished run.
     in_use = any(config.output.glob("*config.json"))
     if config.resume:
         in_use = in_use and not checkpoint.exists()
@@ -403,7 +403,7 @@ def encode(chat, tokenizer, turns):
         if is_plain and len(chat) == 2:
             asked = chat[0]["content"]
             answered = asked + chat[1]["content"]
-        else:  # without a template this is an error
+        else:  # several messages without a template raise an error here
             render = tokenizer.apply_chat_template
             asked = render(chat[:-1], tokenize=False, add_generation_prompt=True)
             answered = render(chat, tokenize=False).rstrip()
